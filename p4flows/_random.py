@@ -1,0 +1,41 @@
+"""Counter-based Gaussian noise: a pure function of a seed and a counter, evaluated on the device."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["normal"]
+
+# The constants of SplitMix64 (Steele, Lea, Flood 2014) as signed 64-bit integers.
+_GOLDEN = -7046029254386353131
+_MIX1 = -4658895280553007687
+_MIX2 = -7723592293110705685
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shift(z, 30)) * _MIX1
+    z = (z ^ _shift(z, 27)) * _MIX2
+    return z ^ _shift(z, 31)
+
+
+def normal(seed: Tensor, count: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise (*batch, *shape) in float64, for int64 ``seed`` and ``count`` of shape (*batch).
+
+    Equal seed and count give equal noise on every process and after every resume; the counter may live on the
+    device and is never read by the host, which a ``torch.Generator`` would require. SplitMix64, then Box-Muller.
+    """
+    size = math.prod(shape)
+    key = _mix(_mix(seed + _GOLDEN) + (count + 1) * _GOLDEN).unsqueeze(-1)
+    index = torch.arange(1, (size + 1) // 2 + 1, device=seed.device)
+    bits = _mix(key + index * _GOLDEN)
+    radius = ((_shift(bits, 32).double() + 1) * 2.0**-32).log().mul(-2).sqrt()
+    angle = (bits & 0xFFFFFFFF).double() * (2 * math.pi * 2.0**-32)
+    pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], -1)
+    return pairs[..., :size].reshape(*seed.shape, *shape)

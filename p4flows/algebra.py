@@ -1,0 +1,108 @@
+"""Low-rank algebra of P4Inv: pure functions of tensors, batched over leading dimensions.
+
+A frozen invertible matrix ``A`` (..., n, n) with a known inverse ``A_inv`` is perturbed to ``A + U Vᵀ`` with
+``U, V`` (..., n, k). With ``W = A⁻¹ U`` and the k × k *capacitance* ``C = I + Vᵀ W``::
+
+    det(A + U Vᵀ) = det(C) det(A)                        (matrix determinant lemma, equation 2)
+    (A + U Vᵀ)⁻¹  = A⁻¹ - W C⁻¹ Vᵀ A⁻¹                   (Sherman-Morrison-Woodbury, equation 1)
+
+Equation numbers are those of Krämer, Köhler, Noé, "Training Invertible Linear Layers through Rank-One
+Perturbations" (arXiv:2010.07033). Batches of vectors are rows, ``x`` (..., n); nothing here forms an n × n
+temporary except :func:`hyperpower` and :func:`residual`, which are the O(n³) corrections and diagnostics.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "capacitance",
+    "hyperpower",
+    "low_rank_update_",
+    "perturbed_inverse_product",
+    "perturbed_product",
+    "residual",
+    "sign_and_logabsdet",
+    "solve_capacitance",
+]
+
+
+def capacitance(A_inv: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """``W = A⁻¹ U`` (..., n, k) and the capacitance ``C = I + Vᵀ W`` (..., k, k). Cost O(k n²)."""
+    W = A_inv @ U
+    if U.shape[-1] == 1:
+        return W, 1 + (V * W).sum(-2, keepdim=True)
+    return W, torch.eye(U.shape[-1], dtype=W.dtype, device=W.device) + V.mT @ W
+
+
+def sign_and_logabsdet(C: Tensor) -> tuple[Tensor, Tensor]:
+    """Sign and ln|det C| (...) of the capacitance, in float64. A singular C has sign 0 and -inf."""
+    C = C.double()
+    if C.shape[-1] == 1:
+        G = C[..., 0, 0]
+        return G.sign(), G.abs().log()
+    return torch.linalg.slogdet(C)
+
+
+def solve_capacitance(C: Tensor, X: Tensor) -> Tensor:
+    """``C⁻¹ X`` for X (..., k, m); where C is singular the result is not finite, and nothing is raised."""
+    if C.shape[-1] == 1:
+        return X / C
+    return torch.linalg.solve_ex(C, X).result
+
+
+def perturbed_product(A: Tensor, U: Tensor, V: Tensor, x: Tensor) -> Tensor:
+    """``(A + U Vᵀ) x`` for rows x (..., n), as ``A x + U (Vᵀ x)``. Cost O(n²) a row."""
+    return x @ A.mT + (x @ V) @ U.mT
+
+
+def perturbed_inverse_product(A_inv: Tensor, V: Tensor, W: Tensor, C: Tensor, y: Tensor) -> Tensor:
+    """``(A + U Vᵀ)⁻¹ y`` for rows y (..., n), as ``z - W C⁻¹ Vᵀ z`` with ``z = A⁻¹ y``. Cost O(n²) a row."""
+    z = y @ A_inv.mT
+    t = z @ V
+    t = t / C[..., 0] if C.shape[-1] == 1 else t @ torch.linalg.inv_ex(C).inverse.mT
+    return z - t @ W.mT
+
+
+def low_rank_update_(M: Tensor, L: Tensor, R: Tensor) -> Tensor:
+    """``M += L R`` in place, for M (b, n, m), L (b, n, k), R (b, k, m), without a temporary of M's size."""
+    if len(M) == 1:
+        M[0].addmm_(L[0], R[0])
+        return M
+    return M.baddbmm_(L, R)
+
+
+def residual(A: Tensor, A_inv: Tensor) -> Tensor:
+    """``I - A A_inv``, the residual of an approximate inverse. Cost O(n³)."""
+    R = (A @ A_inv).neg_()
+    R.diagonal(dim1=-2, dim2=-1).add_(1)
+    return R
+
+
+def hyperpower(A_inv: Tensor, R: Tensor, order: int) -> Tensor:
+    """One step of hyperpower iteration on an approximate inverse, from its residual ``R = I - A A_inv``.
+
+    Order 2 (Newton-Schulz) and 3 (Chebyshev) are the truncated Neumann series ``A_inv (I + R + ... )``, which
+    leave the residual ``R^order``. Order 7 is the method of Soleymani (2012, doi:10.1155/2012/134653),
+
+        A_inv (120 I - 393 P + 735 P² - 861 P³ + 651 P⁴ - 315 P⁵ + 93 P⁶ - 15 P⁷ + P⁸) / 16,   P = A A_inv,
+
+    which leaves ``R⁷ (3 I + R)² / 16``. It is evaluated in powers of R = I - P: there the polynomial reads
+    ``I + R + ... + R⁶ + 7/16 R⁷ + 1/16 R⁸``, all its coefficients are at most 1, so that rounding errors enter the
+    small correction and not A_inv itself, and it takes five products where Horner's rule in P takes eight.
+
+    Convergence needs a spectral radius of R below 1. Matrix products, without the one for R: 1, 2 and 5.
+    """
+    if order == 2:
+        T = R
+    elif order == 3:
+        T = R + R @ R
+    elif order == 7:
+        R2 = R @ R
+        R3 = R2 @ R
+        low = R + R2
+        T = low + R3 + R3 @ (low + R3 @ (7 / 16 * R + 1 / 16 * R2) + R3)
+    else:
+        raise ValueError(f"order: expected 2, 3 or 7, got {order!r}")
+    return A_inv + A_inv @ T

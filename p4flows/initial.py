@@ -1,0 +1,79 @@
+"""The frozen matrix a P4Inv layer starts from: its entries, inverse, sign and log|det|."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from p4flows._random import normal
+
+__all__ = ["InitialMatrix", "initial_matrix"]
+
+
+class InitialMatrix(NamedTuple):
+    """``A`` and ``A_inv`` (n, n) in the layer's dtype, ``sign`` and ``logabsdet`` () in float64."""
+
+    A: Tensor
+    A_inv: Tensor
+    sign: Tensor
+    logabsdet: Tensor
+
+
+def initial_matrix(init: str | Tensor, n: int, seed: Tensor, dtype: torch.dtype) -> InitialMatrix:
+    """Resolve the ``init`` argument of :class:`p4flows.P4Inv`.
+
+    Raises ValueError for an unknown name, a vector that is no permutation of 0 ... n-1, and a matrix that is not
+    square, not finite, of another size, or singular.
+    """
+    if isinstance(init, str):
+        if init == "identity":
+            return _permutation(torch.arange(n), dtype)
+        if init == "reverse":
+            return _permutation(torch.arange(n - 1, -1, -1), dtype)
+        if init == "orthogonal":
+            # Counter -1 is never reached by merges, so this noise is not the noise of any V.
+            Q, R = torch.linalg.qr(normal(seed, torch.full_like(seed, -1), (n, n)))
+            return _invert(Q * R.diagonal().sign(), dtype)
+        raise ValueError(
+            f'init: expected "identity", "reverse", "orthogonal", a permutation or a matrix, got {init!r}'
+        )
+    init = torch.as_tensor(init).detach().cpu()
+    if init.is_complex() or init.dtype == torch.bool:
+        raise ValueError(f"init: expected an integer permutation or a real matrix, got dtype {init.dtype}")
+    if init.ndim == 1 and not init.is_floating_point():
+        if init.shape[0] != n or not torch.equal(init.sort().values, torch.arange(n, dtype=init.dtype)):
+            raise ValueError(f"init: expected a permutation of 0 ... {n - 1}, got {tuple(init.tolist())}")
+        return _permutation(init.long(), dtype)
+    if init.shape != (n, n):
+        raise ValueError(f"init: expected a permutation of {n} or a ({n}, {n}) matrix, got shape {tuple(init.shape)}")
+    if not init.isfinite().all():
+        raise ValueError("init: expected a finite matrix, got NaN or infinity")
+    return _invert(init, dtype)
+
+
+def _permutation(p: Tensor, dtype: torch.dtype) -> InitialMatrix:
+    A = torch.eye(len(p), dtype=dtype)[p]
+    odd, seen = 0, [False] * len(p)
+    targets = p.tolist()
+    for start in range(len(targets)):
+        i, length = start, 0
+        while not seen[i]:
+            seen[i], i, length = True, targets[i], length + 1
+        odd += max(length - 1, 0)
+    sign = torch.tensor((-1.0) ** odd, dtype=torch.float64)
+    return InitialMatrix(A, A.T.contiguous(), sign, torch.zeros((), dtype=torch.float64))
+
+
+def _invert(M: Tensor, dtype: torch.dtype) -> InitialMatrix:
+    A = M.to(dtype)
+    exact = A.double()
+    sign, logabsdet = torch.linalg.slogdet(exact)
+    A_inv, info = torch.linalg.inv_ex(exact)
+    stored = A_inv.to(dtype)
+    if info.item() != 0 or sign == 0 or not (logabsdet.isfinite() and stored.isfinite().all()):
+        raise ValueError("init: expected an invertible matrix, got a singular one")
+    if (exact @ A_inv - torch.eye(len(A), dtype=torch.float64)).abs().max() > 1e-3:
+        raise ValueError("init: expected an invertible matrix, got one that is numerically singular")
+    return InitialMatrix(A, stored, sign, logabsdet)

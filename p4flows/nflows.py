@@ -1,0 +1,191 @@
+"""P4Inv and the Bent identity as nflows transforms, and surgery that puts P4Inv into an existing nflows flow."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from nflows.transforms import (
+        LULinear,
+        MultiscaleCompositeTransform,
+        NaiveLinear,
+        OneByOneConvolution,
+        Permutation,
+        QRLinear,
+        SVDLinear,
+        Transform,
+    )
+except ImportError as error:
+    raise ImportError("p4flows.nflows needs nflows: pip install 'p4flows[nflows]'") from error
+
+from p4flows._checks import integer
+from p4flows.activations import BentIdentity as _BentIdentity
+from p4flows.invertible import P4Inv
+
+__all__ = ["BentIdentity", "P4InvLinear", "replace_permutations"]
+
+
+class P4InvLinear(P4Inv, Transform):
+    """:class:`p4flows.P4Inv` as an nflows ``Transform``: inputs (N, features), log|det| (N,), context ignored.
+
+    >>> from nflows.transforms import CompositeTransform
+    >>> transform = CompositeTransform([P4InvLinear(4, init="reverse"), P4InvLinear(4, rank=2, seed=1)])
+    >>> y, logabsdet = transform(torch.randn(8, 4))
+    >>> y.shape, logabsdet.shape
+    (torch.Size([8, 4]), torch.Size([8]))
+    """
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(A + U Vᵀ) x + b`` and its log|det|."""
+        _check_rows(inputs)
+        return super().forward(inputs)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(A + U Vᵀ)⁻¹ (y - b)`` and its log|det|."""
+        _check_rows(inputs)
+        return super().inverse(inputs)
+
+
+class BentIdentity(_BentIdentity, Transform):
+    """:class:`p4flows.BentIdentity` as an nflows ``Transform``: inputs (N, features), log|det| (N,)."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``B(x)`` and its log|det|."""
+        _check_rows(inputs)
+        return super().forward(inputs)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``B⁻¹(y)`` and its log|det|."""
+        _check_rows(inputs)
+        return super().inverse(inputs)
+
+
+def replace_permutations(
+    flow_or_transform: nn.Module,
+    rank: int = 1,
+    *,
+    linear: bool = False,
+    example: Tensor | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> int:
+    """Put a :class:`P4InvLinear` in place of every permutation of vectors in an nflows flow or transform.
+
+    Replaces ``Permutation``, ``ReversePermutation`` and ``RandomPermutation``, at any depth and in place, by a layer
+    that starts as the same permutation: the flow computes the same function until the first optimizer step.
+    Create the optimizer afterwards, since the flow has new parameters.
+
+    Args:
+        flow_or_transform: an nflows ``Flow`` or ``Transform`` (or any module that contains some).
+        rank: of the perturbations, at most the number of features; capped there for narrower permutations.
+        linear: also replace ``LULinear``, ``QRLinear``, ``SVDLinear`` and ``NaiveLinear``, starting from their
+            matrix and bias.
+        example: a batch of inputs; where given, one pass (without context) tells vectors from images. Without it,
+            permutations of another dimension than 1, and those inside a ``MultiscaleCompositeTransform`` of
+            image shapes, count as permutations of image channels.
+        seed: the i-th new layer gets ``seed + i``.
+        options: further arguments of :class:`p4flows.P4Inv`, such as ``bias`` or ``bounds_det``.
+
+    Permutations of image channels and ``OneByOneConvolution`` are left alone, with a warning.
+
+    Returns:
+        how many layers were replaced; zero is a warning.
+
+    Raises:
+        ValueError: if ``flow_or_transform`` is itself a layer to replace, and so has no place to put another into.
+
+    >>> from nflows.transforms import CompositeTransform, ReversePermutation
+    >>> transform = CompositeTransform([ReversePermutation(4), ReversePermutation(4)])
+    >>> replace_permutations(transform)
+    2
+    """
+    rank = integer("rank", rank, 1)
+    if not isinstance(flow_or_transform, nn.Module):
+        raise ValueError(f"flow_or_transform: expected an nflows Flow or Transform, got {flow_or_transform!r}")
+    kinds = (Permutation, *((LULinear, QRLinear, SVDLinear, NaiveLinear) if linear else ()))
+    if isinstance(flow_or_transform, kinds):
+        raise ValueError(
+            f"flow_or_transform: expected a module that contains layers to replace, got a {_name(flow_or_transform)} "
+            "itself; wrap it in a CompositeTransform"
+        )
+    rows = None if example is None else _modules_on_rows(flow_or_transform, kinds, example)
+    parameter = next(flow_or_transform.parameters(), torch.empty(0))
+    new: dict[nn.Module, P4InvLinear] = {}
+    left = []
+    for parent, name, old, image in list(_places(flow_or_transform, kinds)):
+        image = image if rows is None or isinstance(old, OneByOneConvolution) else old not in rows
+        if image:
+            left.append(_name(old))
+            continue
+        if old not in new:
+            new[old] = _equivalent(old, rank, seed + len(new), parameter, options)
+        setattr(parent, name, new[old])
+    if left:
+        warnings.warn(f"left alone, as they act on image channels: {', '.join(left)}", stacklevel=2)
+    if not new:
+        warnings.warn("replace_permutations found nothing to replace", stacklevel=2)
+    return len(new)
+
+
+def _places(root: nn.Module, kinds: tuple[type, ...], image: bool = False) -> Iterator[tuple]:
+    """(parent, name, module, whether it is known to act on image channels) of all candidates below root."""
+    for name, child in root.named_children():
+        inside = image or (
+            isinstance(child, MultiscaleCompositeTransform) and any(len(shape) > 1 for shape in child._output_shapes)
+        )
+        if isinstance(child, OneByOneConvolution):
+            yield root, name, child, True
+        elif isinstance(child, kinds):
+            yield root, name, child, inside or getattr(child, "_dim", 1) != 1
+        else:
+            yield from _places(child, kinds, inside)
+
+
+def _modules_on_rows(root: nn.Module, kinds: tuple[type, ...], example: Tensor) -> set[nn.Module]:
+    rows = set()
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], _: Any) -> None:
+        if inputs[0].ndim == 2:
+            rows.add(module)
+
+    handles = [m.register_forward_hook(note) for m in root.modules() if isinstance(m, kinds)]
+    try:
+        with torch.no_grad():
+            (root.transform_to_noise if hasattr(root, "transform_to_noise") else root)(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return rows
+
+
+@torch.no_grad()
+def _equivalent(
+    old: nn.Module, rank: int, seed: int, parameter: Tensor, options: dict[str, Any]
+) -> P4InvLinear:
+    if isinstance(old, Permutation):
+        init, like, bias = old._permutation, parameter, None
+    else:
+        init, like, bias = old.weight(), old.bias, old.bias
+    features = init.shape[0]
+    layer = P4InvLinear(
+        features, min(rank, features), init=init, seed=seed, device=like.device, dtype=like.dtype, **options
+    )
+    if bias is not None:
+        if layer.bias is None:
+            raise ValueError(f"bias: expected True, since a {_name(old)} has a bias")
+        layer.bias.copy_(bias)
+    return layer.train(old.training)
+
+
+def _check_rows(inputs: Tensor) -> None:
+    if isinstance(inputs, Tensor) and inputs.ndim != 2:
+        raise ValueError(f"inputs: expected shape (N, features), got {tuple(inputs.shape)}")
+
+
+def _name(module: nn.Module) -> str:
+    return type(module).__name__

@@ -1,0 +1,84 @@
+"""The P4 contract of Section 3.1: frozen property-bearing parameters, a trainable perturbation, and its merge."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MergeOutcome", "P4Layer"]
+
+
+class MergeOutcome(IntEnum):
+    """What became of a merge.
+
+    SKIPPED: a bound was violated (or the result could not be stored); nothing changed.
+    MERGED: the perturbation is in the frozen parameters and was reset.
+    FORCED: the same, although a bound was violated.
+    RESET: the perturbation was not finite; it was reset without a merge.
+    """
+
+    SKIPPED = 0
+    MERGED = 1
+    FORCED = 2
+    RESET = 3
+
+
+class P4Layer(nn.Module, ABC):
+    """A layer trained by property-preserving parameter perturbations (P4).
+
+    The layer computes with the perturbed parameters ``R_B(A)``. Only the perturbation B is trained; ``A`` is
+    frozen and changes in :meth:`merge` (``A <- R_B(A)``, equation 3; ``B <- B0``, equation 4), which leaves the
+    layer's function as it is. Section 3.1 of Krämer, Köhler, Noé (arXiv:2010.07033).
+
+    A subclass says which parameters a merge sets to zero and which it draws anew; the batched class methods exist
+    so that many small layers can be merged by a few calls, and default to a loop.
+    """
+
+    @property
+    @abstractmethod
+    def zeroed(self) -> tuple[nn.Parameter, ...]:
+        """The perturbation parameters that a reset sets to zero."""
+
+    @property
+    @abstractmethod
+    def redrawn(self) -> tuple[nn.Parameter, ...]:
+        """The perturbation parameters that a reset draws anew."""
+
+    @abstractmethod
+    def merge(self, force: bool = False) -> Tensor:
+        """Merge the perturbation into the frozen parameters; with ``force``, even outside the bounds.
+
+        Returns a 0-d int64 tensor on the layer's device, the value of a :class:`MergeOutcome`.
+        """
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Drop the perturbation without merging it: the function goes back to that of the frozen parameters."""
+
+    @abstractmethod
+    def correct(self) -> None:
+        """Repair what rounding did to the frozen parameters' derived quantities."""
+
+    @abstractmethod
+    def penalty(self) -> Tensor:
+        """Differentiable scalar that keeps the perturbation where it can be merged."""
+
+    @property
+    def group_key(self) -> Hashable:
+        """Layers of one type with equal keys may be handed to :meth:`merge_all` together."""
+        return id(self)
+
+    @classmethod
+    def merge_all(cls, layers: Sequence[P4Layer], force: bool = False) -> Tensor:
+        """Merge layers of equal ``group_key``; the outcomes, (len(layers),)."""
+        return torch.stack([layer.merge(force) for layer in layers])
+
+    @classmethod
+    def correct_all(cls, layers: Sequence[P4Layer]) -> None:
+        """Correct layers of equal ``group_key``."""
+        for layer in layers:
+            layer.correct()
