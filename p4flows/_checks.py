@@ -10,7 +10,9 @@ Bounds = tuple[float | None, float | None]
 
 
 def integer(name: str, value: int, low: int | None = None, high: int | None = None) -> int:
-    expected = "an integer" + (f" >= {low}" if low is not None else "") + (f" and <= {high}" if high is not None else "")
+    expected = (
+        "an integer" + (f" >= {low}" if low is not None else "") + (f" and <= {high}" if high is not None else "")
+    )
     wrong = isinstance(value, bool) or not hasattr(value, "__index__")
     if wrong or (low is not None and value < low) or (high is not None and value > high):
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
@@ -22,6 +24,6 @@ def bounds(name: str, given: Bounds) -> Bounds:
         low, high = (None if b is None or math.isinf(b) else float(b) for b in given)
     except (TypeError, ValueError):
         raise ValueError(f"{name}: expected a pair (low, high) of numbers or None, got {given!r}") from None
-    if any(b is not None and math.isnan(b) for b in (low, high)) or None not in (low, high) and low >= high:
+    if any(b is not None and math.isnan(b) for b in (low, high)) or (None not in (low, high) and low >= high):
         raise ValueError(f"{name}: expected low < high, got {given!r}")
     return low, high

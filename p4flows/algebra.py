@@ -49,7 +49,8 @@ def solve_capacitance(C: Tensor, X: Tensor) -> Tensor:
     """``C⁻¹ X`` for X (..., k, m); where C is singular the result is not finite, and nothing is raised."""
     if C.shape[-1] == 1:
         return X / C
-    return torch.linalg.solve_ex(C, X).result
+    wide = torch.promote_types(C.dtype, torch.float32)  # LAPACK has no half precision
+    return torch.linalg.solve_ex(C.to(wide), X.to(wide)).result.to(X.dtype)
 
 
 def perturbed_product(A: Tensor, U: Tensor, V: Tensor, x: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ def perturbed_inverse_product(A_inv: Tensor, V: Tensor, W: Tensor, C: Tensor, y:
     """``(A + U Vᵀ)⁻¹ y`` for rows y (..., n), as ``z - W C⁻¹ Vᵀ z`` with ``z = A⁻¹ y``. Cost O(n²) a row."""
     z = y @ A_inv.mT
     t = z @ V
-    t = t / C[..., 0] if C.shape[-1] == 1 else t @ torch.linalg.inv_ex(C).inverse.mT
+    t = t / C[..., 0] if C.shape[-1] == 1 else t @ solve_capacitance(C, torch.eye(C.shape[-1]).to(C)).mT
     return z - t @ W.mT
 
 

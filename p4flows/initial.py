@@ -36,9 +36,7 @@ def initial_matrix(init: str | Tensor, n: int, seed: Tensor, dtype: torch.dtype)
             # Counter -1 is never reached by merges, so this noise is not the noise of any V.
             Q, R = torch.linalg.qr(normal(seed, torch.full_like(seed, -1), (n, n)))
             return _invert(Q * R.diagonal().sign(), dtype)
-        raise ValueError(
-            f'init: expected "identity", "reverse", "orthogonal", a permutation or a matrix, got {init!r}'
-        )
+        raise ValueError(f'init: expected "identity", "reverse", "orthogonal", a permutation or a matrix, got {init!r}')
     init = torch.as_tensor(init).detach().cpu()
     if init.is_complex() or init.dtype == torch.bool:
         raise ValueError(f"init: expected an integer permutation or a real matrix, got dtype {init.dtype}")

@@ -18,6 +18,7 @@ from p4flows.perturbation import P4Layer
 
 __all__ = ["P4Inv"]
 
+
 class P4Inv(P4Layer):
     r"""Invertible linear layer ``y = (A + U Vᵀ) x + b``, trained through the rank-k perturbation ``U Vᵀ``.
 
@@ -227,7 +228,9 @@ class P4Inv(P4Layer):
         first = layers[0]
         outcomes = []
         for state in shared_state(layers):
-            outcomes.append(merge_(**state, force=force, bounds_update=first.bounds_update, bounds_det=first.bounds_det))
+            outcomes.append(
+                merge_(**state, force=force, bounds_update=first.bounds_update, bounds_det=first.bounds_det)
+            )
         return torch.cat(outcomes)
 
     def reset(self) -> None:
@@ -257,8 +260,10 @@ class P4Inv(P4Layer):
             \mathrm{ReLU}^2(l - C_{max}) + \mathrm{ReLU}^2(C_{min} - l)
         """
         _, C = algebra.capacitance(self.A_inv, self.U, self.V)
-        # Not |G| = 0, where the gradient would be infinite.
-        log_G = algebra.sign_and_logabsdet(C)[1].clamp_min(math.log(torch.finfo(C.dtype).tiny))
+        # Where G = 0 the gradient would be infinite: a large constant instead.
+        singular = algebra.sign_and_logabsdet(C.detach())[0] == 0
+        regular = torch.where(singular, torch.eye(self.rank, dtype=C.dtype, device=C.device), C)
+        log_G = algebra.sign_and_logabsdet(regular)[1].where(~singular, math.log(torch.finfo(C.dtype).tiny))
         low, high = self.bounds_penalty
         total = torch.zeros_like(log_G)
         for value in (log_G, log_G + self.logabsdet_A):

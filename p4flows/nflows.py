@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,7 +135,9 @@ def replace_permutations(
 
 def _places(root: nn.Module, kinds: tuple[type, ...], image: bool = False) -> Iterator[tuple]:
     """(parent, name, module, whether it is known to act on image channels) of all candidates below root."""
-    for name, child in root.named_children():
+    for name, child in root._modules.items():  # named_children would skip a module that is used twice
+        if child is None:
+            continue
         inside = image or (
             isinstance(child, MultiscaleCompositeTransform) and any(len(shape) > 1 for shape in child._output_shapes)
         )
@@ -149,24 +152,27 @@ def _places(root: nn.Module, kinds: tuple[type, ...], image: bool = False) -> It
 def _modules_on_rows(root: nn.Module, kinds: tuple[type, ...], example: Tensor) -> set[nn.Module]:
     rows = set()
 
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], _: Any) -> None:
-        if inputs[0].ndim == 2:
+    def record(module: nn.Module, method: Callable, inputs: Tensor, context: Tensor | None = None) -> Any:
+        if inputs.ndim == 2:
             rows.add(module)
+        return method(inputs, context)
 
-    handles = [m.register_forward_hook(note) for m in root.modules() if isinstance(m, kinds)]
+    # Forward hooks would miss InverseTransform, which calls the method `inverse`.
+    candidates = [m for m in root.modules() if isinstance(m, kinds)]
+    for module in candidates:
+        for name in ("forward", "inverse"):
+            setattr(module, name, partial(record, module, getattr(module, name)))
     try:
         with torch.no_grad():
             (root.transform_to_noise if hasattr(root, "transform_to_noise") else root)(example)
     finally:
-        for handle in handles:
-            handle.remove()
+        for module in candidates:
+            del module.forward, module.inverse
     return rows
 
 
 @torch.no_grad()
-def _equivalent(
-    old: nn.Module, rank: int, seed: int, parameter: Tensor, options: dict[str, Any]
-) -> P4InvLinear:
+def _equivalent(old: nn.Module, rank: int, seed: int, parameter: Tensor, options: dict[str, Any]) -> P4InvLinear:
     if isinstance(old, Permutation):
         init, like, bias = old._permutation, parameter, None
     else:

@@ -40,6 +40,8 @@ def reset_state(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parame
         state = optimizer.state.get(parameter, {})
         for name, value in state.items():
             if name not in _INITIAL:
+                if not which[i]:
+                    continue
                 raise ValueError(
                     f"optimizer: the initial value of {type(optimizer).__name__}'s state {name!r} is not known; "
                     'use reset="none"'

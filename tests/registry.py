@@ -1,0 +1,98 @@
+"""Every invertible layer, by name: a constructor that takes dtype and seed. The harness runs over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import p4flows
+from p4flows import MergeScheduler, P4Inv
+
+N = 6
+PERMUTATION = torch.tensor([2, 0, 1, 5, 3, 4])
+
+
+def matrix(n: int, seed: int = 0) -> Tensor:
+    """A well-conditioned matrix with a negative determinant."""
+    generator = torch.Generator().manual_seed(seed)
+    M = torch.eye(n, dtype=torch.float64) + 0.3 * torch.randn(n, n, generator=generator, dtype=torch.float64)
+    M[0] *= -1
+    return M
+
+
+def _p4inv(cls: type = P4Inv, **options) -> Callable[..., nn.Module]:
+    return lambda **more: cls(N, **{"seed": 7, **options, **more})
+
+
+def _activation(cls: type) -> Callable[..., nn.Module]:
+    return lambda dtype=None, device=None: cls()
+
+
+LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "P4Inv": _p4inv(),
+    "P4Inv-rank3": _p4inv(rank=3),
+    "P4Inv-rank-n": _p4inv(rank=N),
+    "P4Inv-no-bias": _p4inv(bias=False),
+    "P4Inv-reverse": _p4inv(init="reverse"),
+    "P4Inv-orthogonal": _p4inv(init="orthogonal", rank=2),
+    "P4Inv-permutation": _p4inv(init=PERMUTATION),
+    "P4Inv-matrix": _p4inv(init=matrix(N)),
+    "BentIdentity": _activation(p4flows.BentIdentity),
+}
+
+try:
+    import p4flows.nflows
+except ImportError:
+    pass
+else:
+    LAYERS["nflows.P4InvLinear"] = _p4inv(p4flows.nflows.P4InvLinear, rank=2)
+    LAYERS["nflows.BentIdentity"] = _activation(p4flows.nflows.BentIdentity)
+
+
+def apply(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    return layer(x)
+
+
+def invert(layer: nn.Module, y: Tensor) -> tuple[Tensor, Tensor]:
+    return layer.inverse(y)
+
+
+def perturb(layer: nn.Module, scale: float = 0.1) -> nn.Module:
+    """Put noise on U and the bias, so that nothing is at its special starting value."""
+    with torch.no_grad():
+        for module in layer.modules():
+            if isinstance(module, P4Inv):
+                module.U.normal_(std=scale)
+                if module.bias is not None:
+                    module.bias.normal_()
+    return layer
+
+
+def train(layer: nn.Module, steps: int = 40) -> nn.Module:
+    """Maximum likelihood and the reverse direction on random data, with merges; leaves a live perturbation."""
+    parameters = list(layer.parameters())
+    if not parameters:
+        return layer
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    scheduler = MergeScheduler(layer, optimizer, every=7, force_every=2, correct_every=3)
+    mixing = matrix(N, 1).to(parameters[0].dtype)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        data = torch.randn(32, N, dtype=mixing.dtype) @ mixing
+        z, logabsdet = apply(layer, data)
+        x, inverse_logabsdet = invert(layer, torch.randn_like(data))
+        (z.square().sum(-1) / 2 - logabsdet + x.square().sum(-1) / 20 - 0.1 * inverse_logabsdet).mean().backward()
+        optimizer.step()
+        scheduler.step()
+    if steps >= 14:
+        assert scheduler.counters["merged"] + scheduler.counters["forced"] >= 2
+    return layer
+
+
+STATES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "new": lambda layer: layer,
+    "perturbed": perturb,
+    "trained": train,
+}
