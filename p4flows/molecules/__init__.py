@@ -1,0 +1,23 @@
+"""Molecules for Boltzmann generators: energies and molecular dynamics by OpenMM, mixed coordinates."""
+
+try:
+    import openmm  # noqa: F401
+    import tqdm  # noqa: F401
+except ImportError as error:
+    raise ImportError("p4flows.molecules needs OpenMM and tqdm: pip install 'p4flows[molecules]'") from error
+
+from p4flows.molecules.alanine import Molecule, alanine_dipeptide
+from p4flows.molecules.coordinates import MixedCoordinates
+from p4flows.molecules.energy import OpenMMEnergy, regularize_energy
+from p4flows.molecules.geometry import dihedral
+from p4flows.molecules.sampling import simulate
+
+__all__ = [
+    "MixedCoordinates",
+    "Molecule",
+    "OpenMMEnergy",
+    "alanine_dipeptide",
+    "dihedral",
+    "regularize_energy",
+    "simulate",
+]

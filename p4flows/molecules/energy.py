@@ -1,0 +1,173 @@
+"""Reduced potential energies of molecules from OpenMM, differentiable in torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import openmm
+import torch
+from torch import Tensor
+
+from p4flows._checks import integer
+from p4flows.molecules.evaluation import Evaluator, WorkerPool
+
+__all__ = ["OpenMMEnergy", "regularize_energy"]
+
+_GAS_CONSTANT = 8.31446261815324e-3  # kJ/mol/K
+
+
+class OpenMMEnergy:
+    r"""Reduced energy ``u(x) = U(x) / kT`` of an OpenMM system, with gradient ``-F(x) / kT``.
+
+    Args:
+        system: an ``openmm.System``.
+        temperature: T in kelvin.
+        platform: OpenMM platform. "Reference" is the fastest for some tens of atoms.
+        workers: number of spawned processes that share each batch; 0 evaluates in this process. A script that uses
+            workers needs the usual ``if __name__ == "__main__":``.
+        timeout: seconds a batch may take in the workers; None for no limit.
+        e_high, e_max: optional regularisation of high energies in kT, see :func:`regularize_energy`. Both or neither.
+
+    Call it with positions in nm, (..., n_atoms, 3) or (..., 3 n_atoms); the energies in kT are (...), in the dtype and
+    on the device of the positions. Not twice differentiable.
+
+    Positions or energies that are NaN or infinite give an energy of +inf (the cap, if regularised) and zero gradient;
+    :attr:`invalid` counts them. Any other trouble is raised: an energy is never made up.
+
+    Use it as a context manager, or call :meth:`close`, to end the workers; after an error in one, the next call
+    starts new ones.
+
+    Raises:
+        ValueError: for wrong arguments, and positions of another atom count.
+        RuntimeError: for an error in a worker, the death of one, or a time-out.
+    """
+
+    def __init__(
+        self,
+        system: openmm.System,
+        temperature: float,
+        platform: str = "Reference",
+        workers: int = 0,
+        timeout: float | None = 600.0,
+        e_high: float | None = None,
+        e_max: float | None = None,
+    ) -> None:
+        if not isinstance(system, openmm.System):
+            raise ValueError(f"system: expected an openmm.System, got {type(system).__name__}")
+        if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
+            raise ValueError(f"temperature: expected a number of kelvin > 0, got {temperature!r}")
+        names = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
+        if platform not in names:
+            raise ValueError(f"platform: expected one of {names}, got {platform!r}")
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout: expected seconds > 0 or None, got {timeout!r}")
+        if (e_high is None) != (e_max is None) or (e_high is not None and not e_high < e_max):
+            raise ValueError(f"e_high and e_max: expected e_high < e_max, or neither, got {e_high!r} and {e_max!r}")
+        self.n_atoms = system.getNumParticles()
+        self.temperature = float(temperature)
+        self.platform = platform
+        self.workers = integer("workers", workers, 0)
+        self.timeout = timeout
+        self.e_high, self.e_max = e_high, e_max
+        self.invalid = 0
+        self._system_xml = openmm.XmlSerializer.serialize(system)
+        self._evaluator: Evaluator | None = None
+        self._pool: WorkerPool | None = None
+
+    @property
+    def kT(self) -> float:
+        """kT in kJ/mol."""
+        return _GAS_CONSTANT * self.temperature
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        """u(x), (...), for positions (..., n_atoms, 3) or (..., 3 n_atoms) in nm."""
+        n = self.n_atoms
+        if not isinstance(positions, Tensor) or not positions.is_floating_point():
+            kind = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
+            raise ValueError(f"positions: expected a floating-point tensor, got {kind}")
+        if positions.shape[-2:] == (n, 3):
+            batch = positions.shape[:-2]
+        elif positions.shape[-1:] == (3 * n,):
+            batch = positions.shape[:-1]
+        else:
+            raise ValueError(
+                f"positions: expected (..., {n}, 3) or (..., {3 * n}) for {n} atoms, got {tuple(positions.shape)}"
+            )
+        energies = _Evaluate.apply(positions.reshape(-1, 3 * n), self).reshape(batch)
+        return energies if self.e_high is None else regularize_energy(energies, self.e_high, self.e_max)
+
+    def _evaluate(self, positions: np.ndarray, forces: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        """Reduced energies (B,) and their gradient (B, n, 3) for float64 positions (B, n, 3)."""
+        finite = np.isfinite(positions).all((1, 2))
+        energies = np.full(len(positions), np.inf)
+        gradient = np.zeros(positions.shape) if forces else None
+        if finite.any():
+            potential, force = self._compute(np.ascontiguousarray(positions[finite]), forces)
+            energies[finite] = potential / self.kT
+            if gradient is not None:
+                gradient[finite] = force / -self.kT
+        valid = np.isfinite(energies)
+        if gradient is not None:
+            valid &= np.isfinite(gradient).all((1, 2))
+            gradient[~valid] = 0
+        energies[~valid] = np.inf
+        self.invalid += int((~valid).sum())
+        return energies, gradient
+
+    def _compute(self, positions: np.ndarray, forces: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        if self.workers == 0:
+            self._evaluator = self._evaluator or Evaluator(self._system_xml, self.platform)
+            return self._evaluator(positions, forces)
+        self._pool = self._pool or WorkerPool(self.workers, self._system_xml, self.platform)
+        try:
+            return self._pool(positions, forces, self.timeout)
+        except BaseException:
+            self.close()  # the others may still be at work on this batch
+            raise
+
+    def close(self) -> None:
+        """End the worker processes; the next call starts new ones."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def __enter__(self) -> OpenMMEnergy:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_evaluator": None, "_pool": None}
+
+
+class _Evaluate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, positions: Tensor, energy: OpenMMEnergy) -> Tensor:
+        x = positions.detach().cpu().double().numpy().reshape(-1, energy.n_atoms, 3)
+        energies, gradient = energy._evaluate(x, ctx.needs_input_grad[0])
+        if gradient is not None:
+            ctx.save_for_backward(torch.from_numpy(gradient.reshape(len(x), -1)).to(positions))
+        return torch.from_numpy(energies).to(positions)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        # Where the gradient is zero by definition, an infinite incoming one must not make it NaN.
+        return torch.where(gradient == 0, 0, grad[:, None] * gradient), None
+
+
+def regularize_energy(u: Tensor, e_high: float, e_max: float) -> Tensor:
+    r"""Energies (...) that grow only logarithmically above ``e_high`` and not at all above ``e_max``, in kT.
+
+    .. math:: u \mapsto u \;(u \le e_{high}), \quad
+        e_{high} + \ln(1 + \min(u, e_{max}) - e_{high}) \;(u > e_{high})
+
+    Continuous with a continuous derivative at ``e_high``; the gradient above ``e_max`` is zero. Keeps the atoms that
+    overlap in an untrained generator's samples from dominating the loss (Noé, Olsson, Köhler, Wu 2019).
+    """
+    excess = (u.clamp(max=e_max) - e_high).clamp(min=0)
+    return torch.where(u > e_high, e_high + torch.log1p(excess), u)

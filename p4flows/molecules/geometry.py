@@ -1,0 +1,52 @@
+"""Bonds, angles and dihedrals of Cartesian coordinates, and back. Plain torch, differentiable, float32-safe."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["angle", "dihedral", "distance", "place", "superpose"]
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b| for points (..., 3)."""
+    return torch.linalg.vector_norm(a - b, dim=-1)
+
+
+def angle(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """The angle a-b-c in [0, π], from atan2, accurate where acos is not (near 0 and π)."""
+    u, v = a - b, c - b
+    return torch.atan2(torch.linalg.vector_norm(torch.linalg.cross(u, v), dim=-1), (u * v).sum(-1))
+
+
+def dihedral(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """The dihedral a-b-c-d in (-π, π], positive by the right-hand rule about b to c (IUPAC)."""
+    u, v, w = b - a, c - b, d - c
+    n1, n2 = torch.linalg.cross(u, v), torch.linalg.cross(v, w)
+    y = (u * n2).sum(-1) * torch.linalg.vector_norm(v, dim=-1)
+    return torch.atan2(y, (n1 * n2).sum(-1))
+
+
+def place(b: Tensor, c: Tensor, d: Tensor, bond: Tensor, theta: Tensor, phi: Tensor) -> Tensor:
+    """The point a with ``|a - b| = bond``, ``angle(a, b, c) = theta`` and ``dihedral(a, b, c, d) = phi``.
+
+    The volume element is ``bond² sin(theta)``.
+    """
+    axis = torch.nn.functional.normalize(b - c, dim=-1)
+    normal = torch.nn.functional.normalize(torch.linalg.cross(c - d, axis), dim=-1)
+    inward = torch.linalg.cross(normal, axis)
+    bond, theta, phi = bond[..., None], theta[..., None], phi[..., None]
+    radial = torch.sin(theta) * (torch.cos(phi) * inward + torch.sin(phi) * normal)
+    return b + bond * (radial - torch.cos(theta) * axis)
+
+
+def superpose(x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre and rotate x (..., m, 3) onto the centred reference (m, 3), by least squares (Kabsch 1976).
+
+    Returns the superposed points and the rotations (..., 3, 3), proper ones, to be applied as ``(x - mean) @ R``.
+    """
+    centred = x - x.mean(-2, keepdim=True)
+    left, _, right = torch.linalg.svd(centred.mT @ reference)
+    handedness = torch.linalg.det(left @ right).sign()
+    R = torch.cat([left[..., :2], left[..., 2:] * handedness[..., None, None]], -1) @ right
+    return centred @ R, R
