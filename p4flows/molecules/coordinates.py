@@ -98,7 +98,9 @@ class MixedCoordinates(nn.Module):
         x = x.index_copy(-2, self.rigid_block, block)
         for rows in self._levels:
             atoms, *around = self.z_matrix[rows].T
-            points = geometry.place(*(x[..., a, :] for a in around), *(c[..., rows] for c in (bonds, angles, dihedrals)))
+            points = geometry.place(
+                *(x[..., a, :] for a in around), *(c[..., rows] for c in (bonds, angles, dihedrals))
+            )
             x = x.index_copy(-2, atoms, points)
         return x.flatten(-2), self._logabsdet(block, bonds, angles)
 
@@ -153,7 +155,9 @@ def _levels(z_matrix: Tensor, rigid_block: Tensor) -> list[list[int]]:
     while left:
         level = sorted(i for i in left if placed.issuperset(rows[i][1:]))
         if not level or any(len(set(rows[i])) < 4 for i in level):
-            raise ValueError(f"z_matrix: rows {[rows[i] for i in sorted(left)]} cannot be placed from the atoms before them")
+            raise ValueError(
+                f"z_matrix: rows {[rows[i] for i in sorted(left)]} cannot be placed from the atoms before them"
+            )
         levels.append(level)
         left -= set(level)
         placed |= {rows[i][0] for i in level}

@@ -95,7 +95,7 @@ class OpenMMEnergy:
             raise ValueError(
                 f"positions: expected (..., {n}, 3) or (..., {3 * n}) for {n} atoms, got {tuple(positions.shape)}"
             )
-        energies = _Evaluate.apply(positions.reshape(-1, 3 * n), self).reshape(batch)
+        energies = _Evaluate.apply(positions.reshape(math.prod(batch), 3 * n), self).reshape(batch)
         return energies if self.e_high is None else regularize_energy(energies, self.e_high, self.e_max)
 
     def _evaluate(self, positions: np.ndarray, forces: bool) -> tuple[np.ndarray, np.ndarray | None]:
@@ -146,10 +146,10 @@ class OpenMMEnergy:
 class _Evaluate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, positions: Tensor, energy: OpenMMEnergy) -> Tensor:
-        x = positions.detach().cpu().double().numpy().reshape(-1, energy.n_atoms, 3)
+        x = positions.detach().cpu().double().numpy().reshape(len(positions), energy.n_atoms, 3)
         energies, gradient = energy._evaluate(x, ctx.needs_input_grad[0])
         if gradient is not None:
-            ctx.save_for_backward(torch.from_numpy(gradient.reshape(len(x), -1)).to(positions))
+            ctx.save_for_backward(torch.from_numpy(gradient.reshape(positions.shape)).to(positions))
         return torch.from_numpy(energies).to(positions)
 
     @staticmethod

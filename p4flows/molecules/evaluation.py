@@ -34,7 +34,7 @@ class Evaluator:
         for i, frame in enumerate(positions):
             context.setPositions(frame)
             state = context.getState(getEnergy=True, getForces=forces)
-            # `_value` is the number in OpenMM's own units, kJ/mol and nm; unit arithmetic would cost more than the forces.
+            # `_value` is the number in kJ/mol and nm; unit arithmetic would cost more than the forces.
             energies[i] = state.getPotentialEnergy()._value
             if all_forces is not None:
                 all_forces[i] = state.getForces(asNumpy=True)._value

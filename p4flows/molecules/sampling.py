@@ -47,8 +47,8 @@ def simulate(
         positions: (n_atoms, 3) in nm to start from; their energy is minimised first.
         equilibration: time steps that each worker drops at the start.
         cache: folder for finished and interrupted runs; by default the environment variable P4FLOWS_CACHE, or
-            ``~/.cache/p4flows``. A run with equal arguments and versions is read from there; an interrupted one goes on at
-            its last checkpoint, to the same frames.
+            ``~/.cache/p4flows``. A run with equal arguments and versions is read from there; an interrupted one goes
+            on at its last checkpoint, to the same frames.
         progress: show a progress bar.
 
     Raises:
@@ -158,6 +158,9 @@ def _simulate_chain(settings: dict, chain: int, count: int, folder: Path):
         yield min(start * _CHUNK, count)
     else:
         context.setPositions(np.array(settings["positions"]))
+        start_energy = context.getState(getEnergy=True).getPotentialEnergy()._value
+        if not math.isfinite(start_energy):  # the minimiser would never return
+            raise ValueError(f"the energy of the starting positions is {start_energy}")
         openmm.LocalEnergyMinimizer.minimize(context)
         context.setVelocitiesToTemperature(settings["temperature"], noise)
         integrator.step(settings["equilibration"])

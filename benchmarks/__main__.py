@@ -1,0 +1,27 @@
+"""``python -m benchmarks NAME``."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from importlib import import_module
+
+COMMANDS = {
+    "demo": "alanine dipeptide with fixed and with learned swaps; what `make demo` runs",
+    "readme": "copy the result tables into README.md",
+}
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m benchmarks", description="Measure, and write to benchmarks/results.")
+    commands = parser.add_subparsers(required=True, metavar="NAME")
+    for name, text in COMMANDS.items():
+        module = import_module(f"benchmarks.{name}")
+        command = commands.add_parser(name, help=text, description=text)
+        module.add_arguments(command)
+        command.set_defaults(function=module.run)
+    args = parser.parse_args()
+    args.function(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The commands of benchmarks/, on small settings, and the README's agreement with the committed results."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("nflows")
+pytest.importorskip("openmm")
+pytest.importorskip("matplotlib")
+
+from benchmarks import __main__ as command
+from benchmarks.boltzmann import Samples, jensen_shannon
+from benchmarks.readme import README, render
+from benchmarks.realnvp import real_nvp
+from p4flows.nflows import replace_permutations
+
+
+def test_readme_agrees_with_the_results():
+    assert render(README.read_text()) == README.read_text()
+
+
+def test_the_paper_s_architecture_has_the_paper_s_parameters():
+    flow = real_nvp(60, 50)
+    assert sum(p.numel() for p in flow.parameters()) == 735_050
+    assert replace_permutations(flow) == 50
+    assert sum(p.numel() for p in flow.parameters()) == 744_050
+
+
+@pytest.mark.filterwarnings("ignore:.*Tight layout.*")
+def test_demo(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("P4FLOWS_CACHE", str(tmp_path))
+    arguments = "demo --frames 500 --steps 30 --couplings 2 --samples 100"
+    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments.split(), "--out", str(tmp_path)])
+    command.main()
+    results = json.loads((tmp_path / "demo.json").read_text())
+    rows = results["rows"]
+    assert rows["RealNVP + P4Inv"]["parameters"] == rows["RealNVP"]["parameters"] + 2 * 180
+    assert rows["RealNVP + P4Inv"]["counters"]["merged"] == 6
+    assert rows["RealNVP + P4Inv"]["round_trip"] < 1e-3
+    assert rows["MD"]["low_energy_fraction"] == 1
+    assert rows["MD + 0.004 nm"]["energy_median"] > rows["MD"]["energy_median"] + 15
+    assert results["environment"]["versions"]["torch"]
+    assert (tmp_path / "demo.png").stat().st_size > 10_000
+    assert "held-out NLL" in capsys.readouterr().out
+
+
+def test_jensen_shannon_divergence():
+    def at(phi):
+        return Samples(torch.zeros(4), torch.full((4,), phi), torch.zeros(4))
+
+    assert jensen_shannon(at(0.1), at(0.1)) == 0
+    assert jensen_shannon(at(0.1), at(2.0)) == pytest.approx(0.6931, abs=1e-4)
