@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.boltzmann import PERTURBATION, TEMPERATURE, describe, load_data, measure, train
 from benchmarks.demo_figure import draw
-from benchmarks.environment import RESULTS, save
+from benchmarks.environment import save
 from benchmarks.realnvp import real_nvp
 from p4flows.nflows import replace_permutations
 
@@ -24,7 +24,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=1, help="rank of the perturbations (default %(default)s)")
     parser.add_argument("--samples", type=int, default=10_000, help="samples drawn (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of demo.json and demo.png")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of demo.json and demo.png")
 
 
 def run(args: Namespace) -> dict[str, Any]:

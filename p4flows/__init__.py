@@ -1,14 +1,15 @@
 """Trainable invertible linear layers whose inverse and log-determinant cost O(n²).
 
 P4Inv of Krämer, Köhler, Noé (arXiv:2010.07033): freeze A with its inverse and determinant, train a low-rank
-perturbation, merge it every N steps. Plug-ins: :mod:`p4flows.nflows`; molecules: :mod:`p4flows.molecules`.
+perturbation, merge it every N steps. Plug-ins: :mod:`p4flows.nflows`, :mod:`p4flows.bgflow`,
+:mod:`p4flows.lightning`; molecules: :mod:`p4flows.molecules`.
 """
 
 from p4flows.activations import BentIdentity
 from p4flows.invertible import P4Inv
 from p4flows.perturbation import MergeOutcome, P4Layer
-from p4flows.scheduler import MergeScheduler
+from p4flows.scheduler import MergeScheduler, attach_on_first_step
 
-__all__ = ["BentIdentity", "MergeOutcome", "MergeScheduler", "P4Inv", "P4Layer", "__version__"]
+__all__ = ["BentIdentity", "MergeOutcome", "MergeScheduler", "P4Inv", "P4Layer", "__version__", "attach_on_first_step"]
 
 __version__ = "0.1.0"

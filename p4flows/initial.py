@@ -65,7 +65,7 @@ def _permutation(p: Tensor, dtype: torch.dtype) -> InitialMatrix:
 
 
 def _invert(M: Tensor, dtype: torch.dtype) -> InitialMatrix:
-    A = M.to(dtype)
+    A = M.to(dtype, copy=True)  # merges change it in place
     exact = A.double()
     sign, logabsdet = torch.linalg.slogdet(exact)
     A_inv, info = torch.linalg.inv_ex(exact)

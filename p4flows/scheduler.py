@@ -4,16 +4,49 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from p4flows._checks import integer
 from p4flows.optimizer_state import reset_state
 from p4flows.perturbation import MergeOutcome, P4Layer
 
-__all__ = ["MergeScheduler"]
+__all__ = ["MergeScheduler", "attach_on_first_step"]
+
+
+def attach_on_first_step(model: nn.Module, **options: Any) -> Callable[[], MergeScheduler | None]:
+    """Attach a :class:`MergeScheduler` to whichever optimizer takes the first step on the model's P4 layers.
+
+    For libraries that make the optimizer and run the loop inside one call, such as ``sbi``'s ``NPE.train``: call it
+    where the model is built. ``options`` are those of :class:`MergeScheduler`. Returns a function that gives the
+    scheduler, or None before that first step.
+
+    >>> from p4flows import P4Inv
+    >>> layer = P4Inv(4)
+    >>> scheduler = attach_on_first_step(layer, every=1)
+    >>> optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    >>> layer(torch.randn(8, 4))[0].square().mean().backward()
+    >>> optimizer.step()
+    >>> scheduler().counters["merged"]
+    1
+    """
+    found: list[MergeScheduler] = []
+    wanted = {id(p) for layer in model.modules() if isinstance(layer, P4Layer) for p in layer.zeroed + layer.redrawn}
+    if not wanted:
+        raise ValueError("model: expected one with a P4 layer")
+
+    def first_step(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
+        if any(id(p) in wanted for group in optimizer.param_groups for p in group["params"]):
+            handle.remove()
+            found.append(MergeScheduler(model, optimizer, **options).attach())
+            found[0]._after_step(optimizer)
+
+    handle = register_optimizer_step_post_hook(first_step)
+    return lambda: found[0] if found else None
 
 
 class MergeScheduler:
@@ -30,6 +63,8 @@ class MergeScheduler:
         reset: whose optimizer state (moments, step counts) goes back to its initial value when a layer has merged:
             "v", that of the redrawn V, as the authors' code does; "all", that of U too, as the paper's text has
             it; "none". After a perturbation that was not finite, everything of U and V goes back.
+        add_penalty: add the gradient of :meth:`penalty` to the parameters' gradients just before each optimizer step,
+            for training loops whose loss is out of reach. Otherwise add :meth:`penalty` to the loss yourself, or not.
 
     The state of other parameters is never touched. Works for every optimizer of ``torch.optim`` whose state starts
     from known values (SGD, Adam, AdamW, AMSGrad, RMSprop, NAdam, ..., fused and foreach too), before its first step
@@ -63,6 +98,7 @@ class MergeScheduler:
         force_every: int | None = 10,
         correct_every: int | None = 50,
         reset: str = "v",
+        add_penalty: bool = False,
     ) -> None:
         self.every = integer("every", every, 1)
         self.force_every = None if force_every is None else integer("force_every", force_every, 1)
@@ -93,6 +129,8 @@ class MergeScheduler:
         self.steps = 0
         self.rounds = 0
         self._hook: torch.utils.hooks.RemovableHandle | None = None
+        if add_penalty:
+            optimizer.register_step_pre_hook(self._before_step)
         self._corrections = 0
         # Outcomes are counted on the device and read only on demand.
         self._outcomes: dict[torch.device, Tensor] = {}
@@ -165,6 +203,14 @@ class MergeScheduler:
         self._corrections = counters["corrections"]
         outcomes = [counters[name] for name in ("skipped", "merged", "forced", "resets")]
         self._outcomes = {torch.device("cpu"): torch.tensor(outcomes, dtype=torch.int64)}
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        # A fused optimizer under a GradScaler unscales the gradients itself, after this.
+        scale = getattr(optimizer, "grad_scale", None)
+        with torch.enable_grad():
+            penalty = self.penalty()
+            if penalty.requires_grad:
+                (penalty if scale is None else penalty * scale).backward()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         # A fused optimizer under a GradScaler is called for skipped steps too, and finds out by itself.

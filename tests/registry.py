@@ -50,13 +50,35 @@ else:
     LAYERS["nflows.P4InvLinear"] = _p4inv(p4flows.nflows.P4InvLinear, rank=2)
     LAYERS["nflows.BentIdentity"] = _activation(p4flows.nflows.BentIdentity)
 
+try:
+    import p4flows.bgflow
+except ImportError:
+    BGFLOW = False
+else:
+    BGFLOW = True
+    LAYERS["bgflow.P4InvFlow"] = _p4inv(p4flows.bgflow.P4InvFlow, rank=2)
+    LAYERS["bgflow.BentIdentityFlow"] = _activation(p4flows.bgflow.BentIdentityFlow)
+    LAYERS["bgflow.P4InvSwap"] = lambda **more: p4flows.bgflow.P4InvSwap(2, N - 2, **{"seed": 7, **more})
+
 
 def apply(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    return layer(x)
+    """The forward direction of any framework's layer, on whole vectors, log|det| (...)."""
+    return _flow(layer, x, False) if BGFLOW and isinstance(layer, p4flows.bgflow.Flow) else layer(x)
 
 
 def invert(layer: nn.Module, y: Tensor) -> tuple[Tensor, Tensor]:
-    return layer.inverse(y)
+    """The inverse direction of any framework's layer, on whole vectors, log|det| (...)."""
+    return _flow(layer, y, True) if BGFLOW and isinstance(layer, p4flows.bgflow.Flow) else layer.inverse(y)
+
+
+def _flow(flow: nn.Module, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    channels = [x]
+    if isinstance(flow, p4flows.bgflow.P4InvSwap) and isinstance(x, Tensor):
+        first = flow.dim1 if inverse else flow.dim0
+        channels = [x[..., :first], x[..., first:]]
+    *y, dlogp = flow(*channels, inverse=inverse)
+    assert dlogp.shape == (*y[0].shape[:-1], 1)
+    return torch.cat(y, -1), dlogp[..., 0]
 
 
 def perturb(layer: nn.Module, scale: float = 0.1) -> nn.Module:

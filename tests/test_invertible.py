@@ -51,6 +51,13 @@ def test_matrix_start_is_inverted_in_float64():
     torch.testing.assert_close(layer.logabsdet_A, torch.linalg.slogdet(M.float().double()).logabsdet)
 
 
+@pytest.mark.parametrize("init", [matrix(4), PERMUTATION[:4].argsort()])
+def test_the_given_start_is_not_changed_by_training(init):
+    before = init.clone()
+    perturb(P4Inv(4, init=init, dtype=torch.float64)).merge(force=True)
+    assert torch.equal(init, before)
+
+
 # --- merging ------------------------------------------------------------------------------------------------
 
 

@@ -184,7 +184,7 @@ def test_compiles_to_one_graph_in_both_directions_and_once(name):
     ("wrong", "message"),
     [
         (torch.zeros(3, N, dtype=torch.int64), "floating-point"),
-        (torch.zeros(3, N + 1, dtype=torch.float64), rf"{N}"),
+        (torch.zeros(3, N + 1, dtype=torch.float64), r"expected .*shape"),
         (torch.zeros(3, N, dtype=torch.float32), "float64"),
         (None, "tensor"),
     ],

@@ -5,7 +5,7 @@ import torch
 from registry import N, perturb
 from torch import nn
 
-from p4flows import MergeScheduler, P4Inv
+from p4flows import MergeScheduler, P4Inv, attach_on_first_step
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=1e-2),
@@ -276,3 +276,21 @@ def test_bad_input():
         MergeScheduler(model, optimizer).load_state_dict({})
     with pytest.warns(UserWarning, match="no trainable P4 layer"):
         MergeScheduler(model.other, torch.optim.SGD(model.other.parameters(), lr=1.0)).step()
+
+
+def test_attaches_to_the_optimizer_that_takes_the_first_step_on_the_model():
+    model, other = Model(), nn.Linear(2, 2)
+    scheduler = attach_on_first_step(model, every=2)
+    stranger = torch.optim.SGD(other.parameters(), lr=1e-2)
+    other(torch.randn(3, 2)).sum().backward()
+    stranger.step()
+    assert scheduler() is None
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(5):
+        step(model, optimizer)
+    assert scheduler().steps == 5
+    assert [int(layer.merges) for layer in model.p4] == [2, 2, 2]
+    stranger.step()
+    assert scheduler().steps == 5
+    with pytest.raises(ValueError, match="model: expected one with a P4 layer"):
+        attach_on_first_step(other)
