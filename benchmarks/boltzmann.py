@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from nflows.flows import Flow
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from p4flows import MergeScheduler, P4Inv
 from p4flows.molecules import MixedCoordinates, Molecule, OpenMMEnergy, alanine_dipeptide, dihedral, simulate

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import openmm
 from openmm import unit
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from p4flows._checks import integer
 from p4flows.molecules.evaluation import spawn
