@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from p4flows import algebra
+from p4flows._autograd import applicable, expand, forward_map, inverse_map
 from p4flows._checks import Bounds, bounds, integer
 from p4flows._random import normal
 from p4flows.initial import initial_matrix
-from p4flows.merging import correct_, merge_, redraw_, shared_state
+from p4flows.merging import Group, correct_, merge_, redraw_
 from p4flows.perturbation import P4Layer
 
 __all__ = ["P4Inv"]
@@ -125,7 +126,7 @@ class P4Inv(P4Layer):
         self.register_buffer("merges", torch.zeros_like(seed_tensor))
         self.U = nn.Parameter(torch.zeros(self.features, self.rank, dtype=dtype))
         self.V = nn.Parameter(normal(self.seed, self.merges, self.U.shape).to(dtype))
-        self.bias = nn.Parameter(torch.zeros(self.features, dtype=dtype)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.zeros(self.features, dtype=dtype)) if bias else None)
         if device is not None:
             self.to(device)
 
@@ -147,20 +148,30 @@ class P4Inv(P4Layer):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``(A + U Vᵀ) x + b`` and its log|det|."""
         self._check(x)
+        if applicable(x):
+            p, f = self._parameters, self._buffers  # at half the cost of attributes
+            rows = x if x.ndim == 2 else x.reshape(-1, self.features)
+            y, logabsdet = forward_map(f["A"], f["A_inv"], f["logabsdet_A"], p["U"], p["V"], p["bias"], rows)
+            return (y, logabsdet) if x.ndim == 2 else (y.view(x.shape), logabsdet.view(x.shape[:-1]))
         _, _, _, logabsdet = self._effective(x)
         y = algebra.perturbed_product(self.A, self.U, self.V, x)
         if self.bias is not None:
             y = y + self.bias
-        return y, _expand(logabsdet, x)
+        return y, expand(logabsdet, x)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """``(A + U Vᵀ)⁻¹ (y - b)`` and its log|det|, the negative of the forward direction's."""
         self._check(y)
+        if applicable(y):
+            p, f = self._parameters, self._buffers
+            rows = y if y.ndim == 2 else y.reshape(-1, self.features)
+            x, logabsdet = inverse_map(f["A_inv"], f["logabsdet_A"], p["U"], p["V"], p["bias"], rows)
+            return (x, logabsdet) if y.ndim == 2 else (x.view(y.shape), logabsdet.view(y.shape[:-1]))
         W, C, _, logabsdet = self._effective(y)
         if self.bias is not None:
             y = y - self.bias
         x = algebra.perturbed_inverse_product(self.A_inv, self.V, W, C, y)
-        return x, _expand(-logabsdet, y)
+        return x, expand(-logabsdet, y)
 
     @property
     def matrix(self) -> Tensor:
@@ -223,11 +234,16 @@ class P4Inv(P4Layer):
         return P4Inv.merge_all([self], force)[0]
 
     @classmethod
+    def group(cls, layers: Iterable[P4Inv]) -> Group:
+        """Layers of equal ``group_key``, to be merged and corrected together. Narrow ones will share their memory."""
+        return Group(layers)
+
+    @classmethod
     def merge_all(cls, layers: Sequence[P4Inv], force: bool = False) -> Tensor:
         """Merge layers of equal ``group_key``, narrow ones in one batched call. The outcomes, (len(layers),)."""
         first = layers[0]
         outcomes = []
-        for state in shared_state(layers):
+        for state in (layers if isinstance(layers, Group) else Group(layers)).states():
             outcomes.append(
                 merge_(**state, force=force, bounds_update=first.bounds_update, bounds_det=first.bounds_det)
             )
@@ -235,7 +251,7 @@ class P4Inv(P4Layer):
 
     def reset(self) -> None:
         """Drop the perturbation without merging it: U = 0, a new V; the function becomes that of A."""
-        for state in shared_state([self]):
+        for state in Group([self]).states():
             redraw_(state["U"], state["V"], state["seed"], state["merges"], torch.tensor([True], device=self.U.device))
 
     def correct(self, order: int = 7) -> None:
@@ -250,7 +266,7 @@ class P4Inv(P4Layer):
     @classmethod
     def correct_all(cls, layers: Sequence[P4Inv], order: int = 7) -> None:
         """Correct layers of equal ``group_key``, narrow ones in one batched call."""
-        for state in shared_state(layers):
+        for state in (layers if isinstance(layers, Group) else Group(layers)).states():
             correct_(state["A"], state["A_inv"], state["sign_A"], state["logabsdet_A"], order)
 
     def penalty(self) -> Tensor:
@@ -277,8 +293,3 @@ class P4Inv(P4Layer):
     def residual(self) -> Tensor:
         """``max|A A_inv - I|`` of the frozen pair, (). A diagnostic, O(n³)."""
         return algebra.residual(self.A, self.A_inv).abs().max()
-
-
-def _expand(logabsdet: Tensor, x: Tensor) -> Tensor:
-    dtype = x.dtype if x.dtype.itemsize >= 4 else torch.float32
-    return logabsdet.to(dtype).expand(x.shape[:-1])

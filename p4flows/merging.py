@@ -6,7 +6,7 @@ sign_A, logabsdet_A, seed, merges (L,). Decisions stay on the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,35 +15,47 @@ from torch import Tensor
 from p4flows import algebra
 from p4flows._checks import Bounds
 from p4flows._random import normal
+from p4flows._stacked import Stacked
 from p4flows.perturbation import MergeOutcome
 
 if TYPE_CHECKING:
     from p4flows.invertible import P4Inv
 
-__all__ = ["correct_", "merge_", "redraw_", "shared_state"]
+__all__ = ["Group", "correct_", "merge_", "redraw_"]
 
-# Up to this width layers are stacked and handled in one batched call; beyond it each is handled in place, where a
-# copy of the matrix would cost more than the calls that it saves.
+# Up to this width layers are handled in one batched call, on memory that they share; beyond it each by itself.
 _STACKED_WIDTH = 128
 
-_STATE = ("A", "A_inv", "sign_A", "logabsdet_A", "U", "V", "seed", "merges")
+_STATE = {
+    name: kind
+    for kind, names in {
+        "_buffers": ("A", "A_inv", "sign_A", "logabsdet_A", "seed", "merges"),
+        "_parameters": ("U", "V"),
+    }.items()
+    for name in names
+}
 
 
-def shared_state(layers: Sequence[P4Inv]) -> Iterator[dict[str, Tensor]]:
-    """The layers' tensors under a leading dimension, in order: once for all narrow layers, one by one for wide ones.
+class Group(list):
+    """P4Inv layers of one shape, whose tensors are kept side by side in memory if they are narrow."""
 
-    What the loop body changes in place has reached the layers when the iterator goes on. A single layer is
-    viewed, not copied.
-    """
-    if len(layers) == 1 or layers[0].features > _STACKED_WIDTH:
-        for layer in layers:
-            yield {name: getattr(layer, name).detach().unsqueeze(0) for name in _STATE}
-        return
-    columns = {name: [getattr(layer, name).detach() for layer in layers] for name in _STATE}
-    state = {name: torch.stack(column) for name, column in columns.items()}
-    yield state
-    for name, column in columns.items():
-        torch._foreach_copy_(column, state[name].unbind())
+    def __init__(self, layers: Iterable[P4Inv]) -> None:
+        super().__init__(layers)
+        self._stacks = {name: Stacked() for name in _STATE}
+
+    def states(self) -> Iterator[dict[str, Tensor]]:
+        """The layers' tensors under a leading dimension, in order: all at once if narrow, else one by one.
+
+        In-place changes reach the layers at once.
+        """
+        if len(self) == 1 or self[0].features > _STACKED_WIDTH:
+            for layer in self:
+                yield {name: getattr(layer, name).detach().unsqueeze(0) for name in _STATE}
+        else:
+            yield {
+                name: self._stacks[name].of([layer.__dict__[kind][name] for layer in self])
+                for name, kind in _STATE.items()
+            }
 
 
 @torch.no_grad()
@@ -61,15 +73,17 @@ def merge_(
     bounds_update: Bounds,
     bounds_det: Bounds,
 ) -> Tensor:
-    finite = (U.isfinite() & V.isfinite()).all(-1).all(-1)
+    largest = _largest(U), _largest(V)
+    finite = (largest[0] + largest[1]).isfinite()
     U_new, V_new = (torch.where(finite[:, None, None], M, 0) for M in (U, V))
     W, C = algebra.capacitance(A_inv, U_new, V_new)
     sign_G, log_G = algebra.sign_and_logabsdet(C)
     K = algebra.solve_capacitance(C, V_new.mT @ A_inv)
 
     # A bound on the entries of both updates, so that nothing infinite is stored: |U Vᵀ| <= k max|U| max|V|.
-    size = torch.stack([_largest(U_new) * _largest(V_new), _largest(W) * _largest(K)])
-    storable = log_G.isfinite() & (size * U.shape[-1] < torch.finfo(A.dtype).max / 4).all(0)
+    limit = torch.finfo(A.dtype).max / 4 / U.shape[-1]
+    small = (largest[0] * largest[1] < limit) & (_largest(W) * _largest(K) < limit)
+    storable = log_G.isfinite() & small
     sane = storable & _within(log_G, bounds_update) & _within(log_G + logabsdet_A, bounds_det)
     accepted = finite & (storable if force else sane)
 
@@ -111,7 +125,7 @@ def correct_(A: Tensor, A_inv: Tensor, sign_A: Tensor, logabsdet_A: Tensor, orde
 
 
 def _largest(M: Tensor) -> Tensor:
-    return M.double().abs().amax((-2, -1))
+    return torch.linalg.vector_norm(M, torch.inf, (-2, -1), dtype=torch.float64)
 
 
 def _within(value: Tensor, bounds: Bounds) -> Tensor:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["reset_state"]
+from p4flows._stacked import Stacked
+
+__all__ = ["StateReset"]
 
 # What the optimizers of torch.optim put into state[parameter], and the value each entry starts from.
 _INITIAL = {
@@ -25,39 +27,51 @@ _INITIAL = {
 }
 
 
-@torch.no_grad()
-def reset_state(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], which: Tensor) -> None:
-    """Set the state of ``parameters[i]`` back to its initial value where ``which[i]``, in place.
+class StateReset:
+    """Sets the optimizer state of parameters of one shape back to its initial values, in place.
 
-    ``which`` (len(parameters),) is a bool tensor and may live on the device: moments are selected there, and the
-    host waits at most once, for optimizers that keep their step counts on the host. State that does not exist yet
-    (before the first step) is left alone, and so is everybody else's.
-
-    Raises ValueError for a state entry whose initial value is not known (such as Rprop's step sizes).
+    State that does not exist yet (before the first step) is left alone, and so is everybody else's.
     """
-    entries: dict[tuple, list[tuple[int, Tensor]]] = defaultdict(list)
-    for i, parameter in enumerate(parameters):
-        state = optimizer.state.get(parameter, {})
-        for name, value in state.items():
-            if name not in _INITIAL:
-                if not which[i]:
-                    continue
-                raise ValueError(
-                    f"optimizer: the initial value of {type(optimizer).__name__}'s state {name!r} is not known; "
-                    'use reset="none"'
-                )
-            if isinstance(value, Tensor):
-                entries[_INITIAL[name], value.shape, value.dtype, value.device].append((i, value))
-            elif value is not None and which[i]:
-                state[name] = type(value)(_INITIAL[name])
 
-    masks = {which.device: which}
-    for (initial, shape, _, device), rows in entries.items():
-        if device not in masks:
-            masks[device] = which.to(device)
-        index, values = zip(*rows, strict=True)
-        mask = masks[device]
-        if len(index) != len(mask):
-            mask = mask[torch.tensor(index, device=device)]
-        mask = mask.view(-1, *[1] * len(shape))
-        torch._foreach_copy_(list(values), torch.stack(values).masked_fill_(mask, initial).unbind())
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+        self.optimizer = optimizer
+        self.parameters = list(parameters)
+        self._stacks: dict[tuple, Stacked] = defaultdict(Stacked)
+
+    @torch.no_grad()
+    def __call__(self, which: Tensor) -> None:
+        """Reset the state of the i-th parameter where ``which[i]``, a bool tensor (len(parameters),) on their device.
+
+        Moments are selected on the device; the host waits at most once, for optimizers that keep their step counts
+        there. Raises ValueError for a state entry whose initial value is not known (such as Rprop's step sizes).
+        """
+        if which.device.type == "cpu" and not which.any():  # elsewhere, asking would mean waiting
+            return
+        all_state = self.optimizer.state
+        states = [(i, all_state[p]) for i, p in enumerate(self.parameters) if p in all_state]
+        masks = {which.device: which}
+        for name in dict.fromkeys(name for _, state in states for name in state):
+            if name not in _INITIAL:
+                if any(which[i] for i, state in states if name in state):
+                    raise ValueError(
+                        f"optimizer: the initial value of {type(self.optimizer).__name__}'s state {name!r} "
+                        'is not known; use reset="none"'
+                    )
+                continue
+            kinds = defaultdict(list)
+            for i, state in states:
+                value = state.get(name)
+                if isinstance(value, Tensor):
+                    kinds[value.device].append((i, value))
+                elif value is not None and which[i]:
+                    state[name] = type(value)(_INITIAL[name])
+            for device, rows in kinds.items():
+                if device not in masks:
+                    masks[device] = which.to(device)
+                index, values = zip(*rows, strict=True)
+                mask = masks[device] if len(index) == len(which) else masks[device][torch.tensor(index, device=device)]
+                if len(values) == 1:
+                    values[0].masked_fill_(mask[0], _INITIAL[name])
+                else:
+                    whole = self._stacks[name, device].of(values)
+                    whole.masked_fill_(mask.view(-1, *[1] * (whole.ndim - 1)), _INITIAL[name])

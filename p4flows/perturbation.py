@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from enum import IntEnum
 
 import torch
@@ -71,6 +71,11 @@ class P4Layer(nn.Module, ABC):
     def group_key(self) -> Hashable:
         """Layers of one type with equal keys may be handed to :meth:`merge_all` together."""
         return id(self)
+
+    @classmethod
+    def group(cls, layers: Iterable[P4Layer]) -> Sequence[P4Layer]:
+        """Layers of equal ``group_key`` in the form that makes repeated calls of :meth:`merge_all` cheap."""
+        return list(layers)
 
     @classmethod
     def merge_all(cls, layers: Sequence[P4Layer], force: bool = False) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from p4flows._checks import integer
-from p4flows.optimizer_state import reset_state
+from p4flows.optimizer_state import StateReset
 from p4flows.perturbation import MergeOutcome, P4Layer
 
 __all__ = ["MergeScheduler", "attach_on_first_step"]
@@ -122,7 +122,17 @@ class MergeScheduler:
                     f"optimizer: expected it to hold the perturbation of every P4 layer, but it lacks that of {name!r}"
                 )
             groups[type(layer), layer.group_key].append(layer)
-        self._groups = list(groups.values())
+        self._groups = [kind.group(layers) for (kind, _), layers in groups.items()]
+        self._resets = [
+            [
+                [
+                    StateReset(optimizer, column)
+                    for column in zip(*(getattr(layer, name) for layer in group), strict=True)
+                ]
+                for name in ("redrawn", "zeroed")
+            ]
+            for group in self._groups
+        ]
         if not groups:
             warnings.warn("MergeScheduler has nothing to merge: the model has no trainable P4 layer", stacklevel=2)
 
@@ -163,10 +173,10 @@ class MergeScheduler:
         self.rounds += 1
         force = self.force_every is not None and self.rounds % self.force_every == 0
         correct = self.correct_every is not None and self.rounds % self.correct_every == 0
-        for group in self._groups:
+        for group, resets in zip(self._groups, self._resets, strict=True):
             outcomes = type(group[0]).merge_all(group, force)
             self._count(outcomes)
-            self._reset_optimizer(group, outcomes)
+            self._reset_optimizer(resets, outcomes)
             if correct:
                 type(group[0]).correct_all(group)
                 self._corrections += len(group)
@@ -222,12 +232,9 @@ class MergeScheduler:
         counts = self._outcomes.setdefault(outcomes.device, torch.zeros(4, dtype=torch.int64, device=outcomes.device))
         counts.index_add_(0, outcomes, torch.ones_like(outcomes))
 
-    def _reset_optimizer(self, group: list[P4Layer], outcomes: Tensor) -> None:
-        merged = (outcomes == MergeOutcome.MERGED) | (outcomes == MergeOutcome.FORCED)
+    def _reset_optimizer(self, resets: list[list[StateReset]], outcomes: Tensor) -> None:
         broken = outcomes == MergeOutcome.RESET
-        nothing = torch.zeros_like(merged)
-        for attribute, on_merge in (("redrawn", self.reset != "none"), ("zeroed", self.reset == "all")):
-            which = broken | (merged if on_merge else nothing)
-            columns = zip(*(getattr(layer, attribute) for layer in group), strict=True)
-            for parameters in columns:
-                reset_state(self.optimizer, parameters, which)
+        merged = broken | (outcomes == MergeOutcome.MERGED) | (outcomes == MergeOutcome.FORCED)
+        for columns, on_merge in zip(resets, (self.reset != "none", self.reset == "all"), strict=True):
+            for reset in columns:
+                reset(merged if on_merge else broken)
