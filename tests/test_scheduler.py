@@ -6,6 +6,7 @@ from registry import N, perturb
 from torch import nn
 
 from p4flows import MergeScheduler, P4Inv, attach_on_first_step
+from p4flows.optimizer_state import StateReset
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=1e-2),
@@ -294,3 +295,56 @@ def test_attaches_to_the_optimizer_that_takes_the_first_step_on_the_model():
     assert scheduler().steps == 5
     with pytest.raises(ValueError, match="model: expected one with a P4 layer"):
         attach_on_first_step(other)
+
+
+@pytest.mark.parametrize(
+    "disturb",
+    [
+        lambda model, optimizer: model.double().float(),
+        lambda model, optimizer: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
+        lambda model, optimizer: model.load_state_dict(copy.deepcopy(model.state_dict())),
+        lambda model, optimizer: setattr(model.first, "A", model.first.A.clone()),
+        lambda model, optimizer: setattr(model.first.U, "data", model.first.U.data.clone()),
+    ],
+    ids=["converted", "optimizer loaded", "loaded", "buffer replaced", "data replaced"],
+)
+def test_layers_that_share_memory_notice_what_moves(disturb):
+    """Merging many layers at once stays merging each, whatever happens to their tensors in between."""
+    results = []
+    for together in (True, False):
+        torch.manual_seed(0)
+        model = Model()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        scheduler = MergeScheduler(model, optimizer, every=2)
+        if not together:  # each layer by itself
+            scheduler._groups = [type(layer).group([layer]) for layer in scheduler.layers]
+            scheduler._resets = [
+                [[StateReset(optimizer, [layer.V])], [StateReset(optimizer, [layer.U])]] for layer in scheduler.layers
+            ]
+        for i in range(9):
+            if i in (3, 6):
+                disturb(model, optimizer)
+            step(model, optimizer)
+            scheduler.step()
+        results.append([*model.state_dict().values(), torch.tensor(scheduler.counters["merged"])])
+    assert results[0][-1] == 12
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_a_layer_that_shares_memory_can_be_saved_and_copied_alone(tmp_path):
+    model = Model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    MergeScheduler(model, optimizer, every=1).step()
+    step(model, optimizer)
+    alone = copy.deepcopy(model.first)
+    matrix = alone.matrix.detach().clone()
+    torch.save(model.first.state_dict(), tmp_path / "first.pt")
+    with torch.no_grad():
+        model.first.U.zero_()
+        model.first.A.zero_()
+        model.deep[1]["a"].A.zero_()
+    torch.testing.assert_close(alone.matrix, matrix)
+    other = P4Inv(N)
+    other.load_state_dict(torch.load(tmp_path / "first.pt", weights_only=True))
+    torch.testing.assert_close(other.matrix, matrix)
