@@ -7,6 +7,8 @@ from importlib import import_module
 
 COMMANDS = {
     "demo": "alanine dipeptide with fixed and with learned swaps; what `make demo` runs",
+    "cost": "time and memory of a training evaluation against width (Figure 2)",
+    "merge": "time of a merge",
     "readme": "copy the result tables into README.md",
 }
 

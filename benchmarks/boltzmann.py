@@ -54,9 +54,7 @@ class Data:
 def load_data(frames: int, stride: int = 100, seed: int = 0) -> Data:
     """Simulate (or read from the cache) and split at random, so that both parts see every basin."""
     molecule = alanine_dipeptide()
-    x = torch.from_numpy(
-        simulate(molecule.system, TEMPERATURE, frames, stride, seed, workers=2, positions=molecule.positions)
-    )
+    x = torch.from_numpy(simulate(molecule, TEMPERATURE, frames, stride, seed, workers=2))
     x = x[torch.from_numpy(np.random.default_rng(seed).permutation(len(x)))]
     test, train = x[: frames // 5], x[frames // 5 :]
     coordinates = MixedCoordinates(molecule.z_matrix, molecule.rigid_block, train)

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import demo
+from benchmarks import cost, demo, merge
 from benchmarks.environment import RESULTS
 
 __all__ = ["add_arguments", "render", "run"]
 
 README = Path(__file__).parent.parent / "README.md"
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo.table}
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo.table, "cost": cost.table, "merge": merge.table}
 
 
 def add_arguments(parser: ArgumentParser) -> None:

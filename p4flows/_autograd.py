@@ -12,6 +12,7 @@ Rank one is written with vectors and scalars: for narrow layers the number of ca
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,10 +22,34 @@ from torch.nn.functional import linear
 
 from p4flows import algebra
 
-__all__ = ["applicable", "expand", "forward_map", "inverse_map"]
+__all__ = ["forward_map", "inverse_map"]
 
 
-def applicable(x: Tensor) -> bool:
+def forward_map(
+    A: Tensor, A_inv: Tensor, logabsdet_A: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x (..., n) to ``(A + U Vᵀ) x + b`` (..., n), and log|det| (...)."""
+    if not _applicable(x):
+        return _plain_forward(A, A_inv, logabsdet_A, U, V, bias, x)
+    function = _ForwardRankOne if U.shape[1] == 1 else _Forward
+    return _on_rows(lambda rows: function.apply(A, A_inv, logabsdet_A, U, V, bias, rows), x)
+
+
+def inverse_map(
+    A_inv: Tensor, logabsdet_A: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y (..., n) to ``(A + U Vᵀ)⁻¹ (y - b)`` (..., n), and its log|det| (...)."""
+    if not _applicable(y):
+        return _plain_inverse(A_inv, logabsdet_A, U, V, bias, y)
+    function = _InverseRankOne if U.shape[1] == 1 and len(U) < _STACKED else _Inverse
+    return _on_rows(lambda rows: function.apply(A_inv, logabsdet_A, U, V, bias, rows), y)
+
+
+# The width from which a pass over A⁻¹ that is saved is worth the copy of the batch that it takes.
+_STACKED = 1024
+
+
+def _applicable(x: Tensor) -> bool:
     """Whether eager autograd alone is at work, in full precision: no tracer, transform or autocast."""
     return not (
         torch.compiler.is_compiling()
@@ -35,26 +60,14 @@ def applicable(x: Tensor) -> bool:
     )
 
 
-def forward_map(
-    A: Tensor, A_inv: Tensor, logabsdet_A: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, x: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Rows x (B, n) to ``(A + U Vᵀ) x + b`` (B, n), and log|det| (B,)."""
-    return (_ForwardRankOne if U.shape[1] == 1 else _Forward).apply(A, A_inv, logabsdet_A, U, V, bias, x)
+def _on_rows(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> tuple[Tensor, Tensor]:
+    if x.ndim == 2:
+        return function(x)
+    y, logabsdet = function(x.reshape(-1, x.shape[-1]))
+    return y.view(x.shape), logabsdet.view(x.shape[:-1])
 
 
-def inverse_map(
-    A_inv: Tensor, logabsdet_A: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, y: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Rows y (B, n) to ``(A + U Vᵀ)⁻¹ (y - b)`` (B, n), and its log|det| (B,)."""
-    one = U.shape[1] == 1 and len(U) < _STACKED
-    return (_InverseRankOne if one else _Inverse).apply(A_inv, logabsdet_A, U, V, bias, y)
-
-
-# The width from which a pass over A⁻¹ that is saved is worth the copy of the batch that it takes.
-_STACKED = 1024
-
-
-def expand(logabsdet: Tensor, rows: Tensor) -> Tensor:
+def _expand(logabsdet: Tensor, rows: Tensor) -> Tensor:
     """log|det| () as one number a row (..., n): (...), in the rows' dtype, or float32 if that is narrower."""
     dtype = rows.dtype if rows.dtype.itemsize >= 4 else torch.float32
     return logabsdet.to(dtype).expand(rows.shape[:-1])
@@ -79,7 +92,7 @@ class _Forward(Function):
         t = x.mm(V)
         y.addmm_(t, U.t())
         ctx.save_for_backward(A, A_inv, logabsdet_A, U, V, bias, x, Wt, Ct_inv, t)
-        return y, expand(logabsdet, x)
+        return y, _expand(logabsdet, x)
 
     @staticmethod
     def backward(ctx: Any, gy, gl):
@@ -107,7 +120,7 @@ class _Inverse(Function):
         Ct_inv, logabsdet = _capacitance(Wt, V, logabsdet_A)
         q = z.mm(V).mm(Ct_inv)
         ctx.save_for_backward(A_inv, logabsdet_A, U, V, bias, y, z, Wt, Ct_inv, q)
-        return torch.addmm(z, q, Wt, alpha=-1), expand(-logabsdet, y)
+        return torch.addmm(z, q, Wt, alpha=-1), _expand(-logabsdet, y)
 
     @staticmethod
     def backward(ctx: Any, gx, gl):
@@ -136,7 +149,7 @@ class _ForwardRankOne(Function):
         t = torch.mv(x, v)
         y.addr_(t, u)
         ctx.save_for_backward(A, A_inv, logabsdet_A, U, V, bias, x, w, G, t)
-        return y, expand(G.abs().log() + logabsdet_A, x)
+        return y, _expand(G.abs().log() + logabsdet_A, x)
 
     @staticmethod
     def backward(ctx: Any, gy, gl):
@@ -166,7 +179,7 @@ class _InverseRankOne(Function):
         z = linear(y if bias is None else y - bias, A_inv)
         q = torch.mv(z, v).div_(G)
         ctx.save_for_backward(A_inv, logabsdet_A, U, V, bias, y, z, w, G, q)
-        return torch.addr(z, q, w, alpha=-1), expand(-(G.abs().log() + logabsdet_A), y)
+        return torch.addr(z, q, w, alpha=-1), _expand(-(G.abs().log() + logabsdet_A), y)
 
     @staticmethod
     def backward(ctx: Any, gx, gl):
@@ -184,15 +197,23 @@ class _InverseRankOne(Function):
 
 
 def _plain_forward(A, A_inv, logabsdet_A, U, V, bias, x):
-    _, C = algebra.capacitance(A_inv, U, V)
+    _, _, log_G = _plain_capacitance(A_inv, U, V, x)
     y = algebra.perturbed_product(A, U, V, x)
-    return y if bias is None else y + bias, expand(algebra.sign_and_logabsdet(C)[1] + logabsdet_A, x)
+    return y if bias is None else y + bias, _expand(log_G + logabsdet_A, x)
 
 
 def _plain_inverse(A_inv, logabsdet_A, U, V, bias, y):
-    W, C = algebra.capacitance(A_inv, U, V)
+    W, C, log_G = _plain_capacitance(A_inv, U, V, y)
     x = algebra.perturbed_inverse_product(A_inv, V, W, C, y if bias is None else y - bias)
-    return x, expand(-algebra.sign_and_logabsdet(C)[1] - logabsdet_A, y)
+    return x, _expand(-log_G - logabsdet_A, y)
+
+
+def _plain_capacitance(A_inv, U, V, x):
+    # Autocast would compute the determinant in half precision.
+    autocast = torch.is_autocast_enabled(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+        W, C = algebra.capacitance(A_inv, U, V)
+        return W, C, algebra.sign_and_logabsdet(C)[1]
 
 
 def _differentiable(plain: Callable, ctx: Any, inputs: tuple, gradients: tuple) -> tuple:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 try:
-    from bgflow import Energy, Flow, InvertiblePPPP, SwapFlow
+    from bgflow import Energy, Flow, SwapFlow
 except ImportError as error:
     raise ImportError("p4flows.bgflow needs bgflow: pip install 'p4flows[bgflow]'") from error
 except AttributeError as error:
@@ -187,75 +187,6 @@ def as_bgflow_energy(energy: Any) -> Energy:
     return _BridgedEnergy(energy)
 
 
-def from_pppp(layer: InvertiblePPPP) -> P4InvFlow:
-    """bgflow's ``InvertiblePPPP`` as a :class:`P4InvFlow` of rank one with the same function and bounds.
-
-    The function is the one that bgflow's layer computes in training mode, A + u vᵀ: in ``eval()`` it leaves the
-    perturbation out. Inverse and log-determinant are computed anew from A, in float64, since what it stores may have
-    drifted, over- or underflowed.
-    """
-    if not isinstance(layer, InvertiblePPPP):
-        raise ValueError(f"layer: expected a bgflow InvertiblePPPP, got {type(layer).__name__}")
-    low, high = layer.min_logdet.item(), layer.max_logdet.item()
-    new = P4InvFlow(
-        layer.dim,
-        bias=isinstance(layer.b, nn.Parameter),
-        init=layer.A,
-        bounds_update=(low - 4, None),
-        bounds_det=(low - 0.5, high + 0.5),
-        bounds_penalty=(low, high),
-        penalty_weight=layer.penalty_parameter.item(),
-        device=layer.A.device,
-        dtype=layer.A.dtype,
-    )
-    with torch.no_grad():
-        new.U.copy_(layer.u[:, None])
-        new.V.copy_(layer.v[:, None])
-        if new.bias is not None:
-            new.bias.copy_(layer.b)
-    new.training = layer.training
-    return new
-
-
-def to_pppp(layer: P4Inv) -> InvertiblePPPP:
-    """A P4Inv layer as bgflow's ``InvertiblePPPP`` with the same function.
-
-    The perturbation of a layer of rank one stays a perturbation; a higher rank goes into A. bgflow has one pair of
-    bounds, which is taken from ``bounds_penalty`` (the paper's values for a missing one).
-
-    Raises ValueError where the determinant is not a number of the layer's dtype, as bgflow stores it itself.
-    """
-    if not isinstance(layer, P4Inv):
-        raise ValueError(f"layer: expected a P4Inv layer, got {type(layer).__name__}")
-    low, high = (
-        default if bound is None else bound for bound, default in zip(layer.bounds_penalty, (-2, 15), strict=True)
-    )
-    new = InvertiblePPPP(
-        layer.features,
-        shift=layer.bias is not None,
-        penalty_parameter=layer.penalty_weight,
-        min_logdet=low,
-        max_logdet=high,
-    ).to(layer.A)
-    with torch.no_grad():
-        keep = layer.rank == 1
-        A, A_inv = (layer.A, layer.A_inv) if keep else (layer.matrix, layer.inverse_matrix)
-        sign, logabsdet = (layer.sign_A, layer.logabsdet_A) if keep else (layer.sign, layer.logabsdet)
-        det = (sign * logabsdet.exp()).to(A.dtype)
-        if not det.isfinite() or det == 0:
-            raise ValueError(f"layer: ln|det A| = {logabsdet:.6g} is out of reach of bgflow's {A.dtype} determinant")
-        new.A.copy_(A)
-        new.Ainv.copy_(A_inv)
-        new.detA.copy_(det)
-        if keep:
-            new.u.copy_(layer.U[:, 0])
-            new.v.copy_(layer.V[:, 0])
-        if layer.bias is not None:
-            new.b.copy_(layer.bias)
-    new.training = layer.training  # train() would merge
-    return new
-
-
 class _BridgedEnergy(Energy):
     def __init__(self, energy: Any) -> None:
         super().__init__(3 * energy.n_atoms)
@@ -292,3 +223,6 @@ def _concatenate(channels: tuple[Tensor, ...], dim0: int, dim1: int) -> Tensor:
     if [shape[-1:] for shape in shapes] != [(dim0,), (dim1,)] or shapes[0][:-1] != shapes[1][:-1]:
         raise ValueError(f"input: expected tensors of shapes (..., {dim0}) and (..., {dim1}), got {shapes}")
     return torch.cat(channels[:2], -1)
+
+
+from p4flows._pppp import from_pppp, to_pppp  # noqa: E402  (needs P4InvFlow)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from p4flows import algebra
-from p4flows._autograd import applicable, expand, forward_map, inverse_map
+from p4flows._autograd import forward_map, inverse_map
 from p4flows._checks import Bounds, bounds, integer
 from p4flows._random import normal
 from p4flows.initial import initial_matrix
@@ -49,12 +48,8 @@ class P4Inv(P4Layer):
         penalty_weight: its factor C_p (0.1 in the paper's linear problems).
         device, dtype: of A, A_inv, U, V and b.
 
-    Attributes:
-        U, V: the trainable perturbation, (n, k) each.
-        bias: the trainable b (n,), or None.
-        A, A_inv: buffers (n, n).
-        logabsdet_A, sign_A: buffers (), float64 whatever the layer's dtype.
-        seed, merges: buffers (), int64.
+    Attributes: parameters U, V (n, k) and bias (n,) or None; buffers A, A_inv (n, n); logabsdet_A, sign_A (),
+    float64 whatever the layer's dtype; seed, merges (), int64.
 
     Shapes: input (..., n) to output (..., n) and log|det| (...), both in the input's dtype (log|det| in float32
     for half-precision input).
@@ -143,35 +138,15 @@ class P4Inv(P4Layer):
                 setattr(self, name, value.to(moved.device))
         return self
 
-    # --- the map -------------------------------------------------------------------------------------------
-
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``(A + U Vᵀ) x + b`` and its log|det|."""
         self._check(x)
-        if applicable(x):
-            p, f = self._parameters, self._buffers  # at half the cost of attributes
-            rows = x if x.ndim == 2 else x.reshape(-1, self.features)
-            y, logabsdet = forward_map(f["A"], f["A_inv"], f["logabsdet_A"], p["U"], p["V"], p["bias"], rows)
-            return (y, logabsdet) if x.ndim == 2 else (y.view(x.shape), logabsdet.view(x.shape[:-1]))
-        _, _, _, logabsdet = self._effective(x)
-        y = algebra.perturbed_product(self.A, self.U, self.V, x)
-        if self.bias is not None:
-            y = y + self.bias
-        return y, expand(logabsdet, x)
+        return forward_map(self.A, self.A_inv, self.logabsdet_A, self.U, self.V, self.bias, x)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """``(A + U Vᵀ)⁻¹ (y - b)`` and its log|det|, the negative of the forward direction's."""
         self._check(y)
-        if applicable(y):
-            p, f = self._parameters, self._buffers
-            rows = y if y.ndim == 2 else y.reshape(-1, self.features)
-            x, logabsdet = inverse_map(f["A_inv"], f["logabsdet_A"], p["U"], p["V"], p["bias"], rows)
-            return (x, logabsdet) if y.ndim == 2 else (x.view(y.shape), logabsdet.view(y.shape[:-1]))
-        W, C, _, logabsdet = self._effective(y)
-        if self.bias is not None:
-            y = y - self.bias
-        x = algebra.perturbed_inverse_product(self.A_inv, self.V, W, C, y)
-        return x, expand(-logabsdet, y)
+        return inverse_map(self.A_inv, self.logabsdet_A, self.U, self.V, self.bias, y)
 
     @property
     def matrix(self) -> Tensor:
@@ -181,26 +156,20 @@ class P4Inv(P4Layer):
     @property
     def inverse_matrix(self) -> Tensor:
         """The inverse of the effective matrix by equation 1, (n, n), differentiable."""
-        W, C, _, _ = self._effective()
+        W, C = algebra.capacitance(self.A_inv, self.U, self.V)
         return self.A_inv - W @ algebra.solve_capacitance(C, self.V.mT @ self.A_inv)
 
     @property
     def sign(self) -> Tensor:
         """Sign of the effective determinant, () in float64."""
-        return self._effective()[2]
+        _, C = algebra.capacitance(self.A_inv, self.U, self.V)
+        return algebra.sign_and_logabsdet(C)[0] * self.sign_A
 
     @property
     def logabsdet(self) -> Tensor:
         """ln|det| of the effective matrix, () in float64, differentiable."""
-        return self._effective()[3]
-
-    def _effective(self, x: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        autocast = x is not None and torch.is_autocast_enabled(x.device.type)
-        # Autocast would compute the determinant in half precision.
-        with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
-            W, C = algebra.capacitance(self.A_inv, self.U, self.V)
-            sign_G, log_G = algebra.sign_and_logabsdet(C)
-        return W, C, sign_G * self.sign_A, log_G + self.logabsdet_A
+        _, C = algebra.capacitance(self.A_inv, self.U, self.V)
+        return algebra.sign_and_logabsdet(C)[1] + self.logabsdet_A
 
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -209,8 +178,6 @@ class P4Inv(P4Layer):
             raise ValueError(f"input: expected shape (..., {self.features}), got {tuple(x.shape)}")
         if x.dtype != self.A.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"input: expected dtype {self.A.dtype} as the layer's, got {x.dtype}")
-
-    # --- the perturbation ----------------------------------------------------------------------------------
 
     @property
     def zeroed(self) -> tuple[nn.Parameter, ...]:

@@ -238,6 +238,12 @@ def test_simulation_is_cached_by_its_arguments(molecule, tmp_path):
     assert not np.array_equal(x[:260], x[260:])  # two trajectories
 
 
+def test_a_molecule_brings_its_positions(molecule, tmp_path):
+    options = {"stride": 1, "equilibration": 0, "workers": 1, "cache": tmp_path, "progress": False}
+    x = simulate(molecule, 300, 5, **options)
+    assert np.array_equal(x, simulate(molecule.system, 300, 5, positions=molecule.positions, **options))
+
+
 def test_an_interrupted_simulation_goes_on_to_the_same_frames(molecule, tmp_path, monkeypatch):
     from p4flows.molecules import sampling
 
@@ -272,7 +278,8 @@ def test_kinetic_and_potential_energies_are_those_of_the_temperature(energy, fra
         ({"temperature": 0}, "temperature"),
         ({"positions": np.zeros((21, 3))}, r"positions: expected finite \(22, 3\)"),
         ({"positions": np.full((22, 3), np.nan)}, "positions: expected finite"),
-        ({"system": None}, "system"),
+        ({"system": None}, r"system: expected an openmm.System or a Molecule"),
+        ({"positions": None}, "positions: expected .*since a System has none"),
     ],
 )
 def test_wrong_simulation_arguments(molecule, tmp_path, arguments, message):

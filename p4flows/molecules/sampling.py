@@ -15,6 +15,7 @@ from openmm import unit
 from tqdm import tqdm
 
 from p4flows._checks import integer
+from p4flows.molecules.alanine import Molecule
 from p4flows.molecules.evaluation import spawn
 
 __all__ = ["simulate"]
@@ -23,14 +24,14 @@ _CHUNK = 250  # frames between checkpoints
 
 
 def simulate(
-    system: openmm.System,
+    system: openmm.System | Molecule,
     temperature: float,
     frames: int,
     stride: int = 100,
     seed: int = 0,
     workers: int = 2,
     *,
-    positions: np.ndarray,
+    positions: np.ndarray | None = None,
     equilibration: int = 10_000,
     cache: str | os.PathLike | None = None,
     progress: bool = True,
@@ -38,13 +39,13 @@ def simulate(
     """Frames of Langevin-middle dynamics (1 fs, 1/ps, Reference platform), (frames, n_atoms, 3) float32 in nm.
 
     Args:
-        system: an ``openmm.System``.
+        system: an ``openmm.System``, or a :class:`Molecule`, which brings its positions along.
         temperature: in kelvin.
         frames: number of frames in all, shared by the workers.
         stride: time steps between frames.
         seed: of velocities and noise; the i-th worker has a stream of its own.
         workers: spawned processes, each with a trajectory of its own, concatenated in order.
-        positions: (n_atoms, 3) in nm to start from; their energy is minimised first.
+        positions: (n_atoms, 3) in nm to start from; their energy is minimised first. Required with a System.
         equilibration: time steps that each worker drops at the start.
         cache: folder for finished and interrupted runs; by default the environment variable P4FLOWS_CACHE, or
             ``~/.cache/p4flows``. A run with equal arguments and versions is read from there; an interrupted one goes
@@ -55,8 +56,13 @@ def simulate(
         ValueError: for wrong arguments.
         RuntimeError: for trouble in a worker.
     """
+    if isinstance(system, Molecule):
+        positions = system.positions if positions is None else positions
+        system = system.system
     if not isinstance(system, openmm.System):
-        raise ValueError(f"system: expected an openmm.System, got {type(system).__name__}")
+        raise ValueError(f"system: expected an openmm.System or a Molecule, got {type(system).__name__}")
+    if positions is None:
+        raise ValueError("positions: expected (n_atoms, 3) in nm, since a System has none")
     if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
         raise ValueError(f"temperature: expected a number of kelvin > 0, got {temperature!r}")
     frames, stride = integer("frames", frames, 1), integer("stride", stride, 1)
