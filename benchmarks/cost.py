@@ -159,7 +159,9 @@ def table(results: dict[str, Any], batch: int = 32) -> str:
         "|---|" + "---:|" * len(widths),
     ]
     found = {(row["method"], row["n"], row["direction"]): row for row in rows}
-    for method in dict.fromkeys(row["method"] for row in rows):
+    for method in METHODS:
+        if not any((method, n, direction) in found for n in widths for direction in DIRECTIONS):
+            continue
         cells = []
         for n in widths:
             pair = [found.get((method, n, direction)) for direction in DIRECTIONS]

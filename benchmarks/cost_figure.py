@@ -7,6 +7,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
+from benchmarks.linear_layers import METHODS
+
 __all__ = ["draw"]
 
 _EMPHASIS = {
@@ -22,7 +24,7 @@ def draw(results: dict[str, Any], path: Path, batch: int = 32) -> Path:
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.2), sharey=True, layout="constrained")
     rows = [row for row in results["rows"] if row["batch"] == batch]
     for ax, direction in zip(axes, ("forward", "inverse"), strict=True):
-        for method in dict.fromkeys(row["method"] for row in rows):
+        for method in METHODS:
             points = [(r["n"], r["ms"]) for r in rows if r["method"] == method and r["direction"] == direction]
             if not points:
                 continue

@@ -51,3 +51,26 @@ def test_jensen_shannon_divergence():
 
     assert jensen_shannon(at(0.1), at(0.1)) == 0
     assert jensen_shannon(at(0.1), at(2.0)) == pytest.approx(0.6931, abs=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_cost_and_merge(tmp_path, monkeypatch, capsys):
+    arguments = "cost --widths 4 64 --batches 8 --seconds 0.1"
+    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments.split(), "--out", str(tmp_path)])
+    command.main()
+    rows = json.loads((tmp_path / "cost.json").read_text())["rows"]
+    methods = {row["method"] for row in rows}
+    assert {"P4Inv rank 1", "P4Inv rank 8", "limit", "nn.Linear", "dense inv", "nflows LULinear"} <= methods
+    for row in rows:
+        assert row["ms"] > 0
+        assert row["to_p4inv"] == pytest.approx(1) or row["method"] != "P4Inv rank 1"
+        assert row["peak_mib"] is None or row["peak_mib"] > 0
+    assert (tmp_path / "cost.png").stat().st_size > 10_000
+    assert "P4Inv rank 8" in capsys.readouterr().out
+
+    arguments = "merge --layers 5 1 --widths 3 200 --rounds 3"
+    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments.split(), "--out", str(tmp_path)])
+    command.main()
+    rows = json.loads((tmp_path / "merge.json").read_text())["rows"]
+    assert [(row["layers"], row["n"]) for row in rows] == [(5, 3), (1, 200)]
+    assert all(row["ms"]["p4flows"] > row["ms"]["updates"] > 0 for row in rows)
