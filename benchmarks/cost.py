@@ -14,9 +14,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+from benchmarks.bgflow_checkout import find_bgflow
 from benchmarks.cost_figure import draw
 from benchmarks.environment import RESULTS, save
-from benchmarks.linear_layers import METHODS, Evaluation, find_bgflow
+from benchmarks.linear_layers import METHODS, Evaluation
 
 __all__ = ["add_arguments", "run", "table"]
 
@@ -150,9 +151,9 @@ def _exponents(rows: list[dict[str, Any]]) -> dict[str, float]:
     return exponents
 
 
-def table(results: dict[str, Any], batch: int = 32) -> str:
-    """Times as multiples of P4Inv's, batch 32, as a Markdown table."""
-    rows = [row for row in results["rows"] if row["batch"] == batch]
+def table(results: dict[str, Any]) -> str:
+    """Times as multiples of P4Inv's, for the first batch size, as a Markdown table."""
+    rows = [row for row in results["rows"] if row["batch"] == results["rows"][0]["batch"]]
     widths = [n for n in dict.fromkeys(row["n"] for row in rows) if n >= 64]
     lines = [
         "| | " + " | ".join(f"n = {n}" for n in widths) + " |",

@@ -19,7 +19,8 @@ _EMPHASIS = {
 }
 
 
-def draw(results: dict[str, Any], path: Path, batch: int = 32) -> Path:
+def draw(results: dict[str, Any], path: Path) -> Path:
+    batch = results["rows"][0]["batch"]
     plt.switch_backend("agg")
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.2), sharey=True, layout="constrained")
     rows = [row for row in results["rows"] if row["batch"] == batch]

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
-import sys
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from p4flows import P4Inv
 
-__all__ = ["METHODS", "Evaluation", "find_bgflow"]
+__all__ = ["METHODS", "Evaluation"]
 
 Evaluation = Callable[[Tensor], object]
-
-
-def find_bgflow() -> bool:
-    """Make bgflow importable, installed or from the checkout that P4FLOWS_BGFLOW names; False if there is none."""
-    if importlib.util.find_spec("bgflow") is None:
-        checkout = Path(os.environ.get("P4FLOWS_BGFLOW", Path.home() / ".cache" / "p4flows" / "bgflow"))
-        if not (checkout / "bgflow").is_dir():
-            return False
-        sys.path.append(str(checkout))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        importlib.import_module("bgflow")
-    return True
 
 
 def _training(layer: nn.Module, apply: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Evaluation:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from benchmarks.bgflow_checkout import find_bgflow
 from benchmarks.environment import RESULTS, save
-from benchmarks.linear_layers import find_bgflow
 from p4flows import MergeScheduler, P4Inv
 
 __all__ = ["add_arguments", "run", "table"]

@@ -209,12 +209,9 @@ class P4Inv(P4Layer):
     def merge_all(cls, layers: Sequence[P4Inv], force: bool = False) -> Tensor:
         """Merge layers of equal ``group_key``, narrow ones in one batched call. The outcomes, (len(layers),)."""
         first = layers[0]
-        outcomes = []
-        for state in (layers if isinstance(layers, Group) else Group(layers)).states():
-            outcomes.append(
-                merge_(**state, force=force, bounds_update=first.bounds_update, bounds_det=first.bounds_det)
-            )
-        return torch.cat(outcomes)
+        options = {"force": force, "bounds_update": first.bounds_update, "bounds_det": first.bounds_det}
+        states = (layers if isinstance(layers, Group) else Group(layers)).states()
+        return torch.cat([merge_(**state, **options) for state in states])
 
     def reset(self) -> None:
         """Drop the perturbation without merging it: U = 0, a new V; the function becomes that of A."""
