@@ -151,6 +151,10 @@ def _exponents(rows: list[dict[str, Any]]) -> dict[str, float]:
     return exponents
 
 
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
 def table(results: dict[str, Any]) -> str:
     """Times as multiples of P4Inv's, for the first batch size, as a Markdown table."""
     rows = [row for row in results["rows"] if row["batch"] == results["rows"][0]["batch"]]
@@ -166,7 +170,7 @@ def table(results: dict[str, Any]) -> str:
         cells = []
         for n in widths:
             pair = [found.get((method, n, direction)) for direction in DIRECTIONS]
-            key, form = ("ms", "{:.3g} ms") if method == "P4Inv rank 1" else ("to_p4inv", "{:.2g}")
-            cells.append(" / ".join("–" if row is None else form.format(row[key]) for row in pair))
+            key, unit = ("ms", " ms") if method == "P4Inv rank 1" else ("to_p4inv", "")
+            cells.append(" / ".join("–" if row is None else _short(row[key]) + unit for row in pair))
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

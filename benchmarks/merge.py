@@ -102,7 +102,9 @@ def table(results: dict[str, Any]) -> str:
     lines = ["| layers | p4flows | bgflow | ratio | the two updates alone |", "|---|---:|---:|---:|---:|"]
     for row in results["rows"]:
         ms, n = row["ms"], row["n"]
-        bgflow, ratio = (f"{ms['bgflow']:.3g} ms", f"{ms['bgflow'] / ms['p4flows']:.1f}") if "bgflow" in ms else "––"
+        bgflow, ratio = (
+            (f"{ms['bgflow']:.3g} ms", f"{ms['bgflow'] / ms['p4flows']:.1f}") if "bgflow" in ms else ("–", "–")
+        )
         lines.append(
             f"| {row['layers']} of {n} × {n} | {ms['p4flows']:.3g} ms | {bgflow} | {ratio} | {ms['updates']:.3g} ms |"
         )
