@@ -73,8 +73,9 @@ def merge_(
     bounds_update: Bounds,
     bounds_det: Bounds,
 ) -> Tensor:
+    """Merge each perturbation by Algorithm 2, or skip or reset it; the outcomes (L,), see :meth:`P4Inv.merge`."""
     largest = _largest(U), _largest(V)
-    finite = (largest[0] + largest[1]).isfinite()
+    finite = largest[0].isfinite() & largest[1].isfinite()
     U_new, V_new = (torch.where(finite[:, None, None], M, 0) for M in (U, V))
     W, C = algebra.capacitance(A_inv, U_new, V_new)
     sign_G, log_G = algebra.sign_and_logabsdet(C)
@@ -102,6 +103,7 @@ def merge_(
 
 @torch.no_grad()
 def redraw_(U: Tensor, V: Tensor, seed: Tensor, merges: Tensor, which: Tensor) -> None:
+    """Start a new perturbation, U = 0 and the next V of its seed, where ``which`` (L,)."""
     merges.add_(which)
     drawn = normal(seed, merges, tuple(V.shape[1:])).to(V.dtype)
     V.copy_(torch.where(which[:, None, None], drawn, V))
@@ -110,6 +112,7 @@ def redraw_(U: Tensor, V: Tensor, seed: Tensor, merges: Tensor, which: Tensor) -
 
 @torch.no_grad()
 def correct_(A: Tensor, A_inv: Tensor, sign_A: Tensor, logabsdet_A: Tensor, order: int) -> None:
+    """One hyperpower step for each A_inv, or an inversion where that cannot converge; log|det| and sign by LU."""
     R = algebra.residual(A, A_inv)
     hopeless = ~(torch.linalg.matrix_norm(R) < 1)
     corrected = algebra.hyperpower(A_inv, R, order)

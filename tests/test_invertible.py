@@ -150,11 +150,12 @@ def test_a_perturbation_that_is_not_finite_is_reset_without_a_merge(parameter, v
     assert layer.V.isfinite().all()
 
 
-def test_an_update_that_would_overflow_is_not_stored():
-    layer = P4Inv(4, bounds_update=(None, None), bounds_det=(None, None))
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e30), (torch.float64, 1.5e308)])
+def test_an_update_that_would_overflow_is_not_stored(dtype, size):
+    layer = P4Inv(4, bounds_update=(None, None), bounds_det=(None, None), dtype=dtype)
     with torch.no_grad():
-        layer.U.fill_(1e30)
-        layer.V.fill_(1e30)
+        layer.U.fill_(size)
+        layer.V.fill_(size)
     assert layer.merge(force=True) == MergeOutcome.SKIPPED
     assert layer.A.isfinite().all()
     assert layer.A_inv.isfinite().all()
