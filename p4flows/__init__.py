@@ -5,11 +5,23 @@ perturbation, merge it every N steps. Plug-ins: :mod:`p4flows.nflows`, :mod:`p4f
 :mod:`p4flows.lightning`; molecules: :mod:`p4flows.molecules`.
 """
 
-from p4flows.activations import BentIdentity
+from p4flows.activations import BentIdentity, Elementwise, Inverse
 from p4flows.invertible import P4Inv
 from p4flows.perturbation import MergeOutcome, P4Layer
 from p4flows.scheduler import MergeScheduler, attach_on_first_step
+from p4flows.stack import P4InvStack
 
-__all__ = ["BentIdentity", "MergeOutcome", "MergeScheduler", "P4Inv", "P4Layer", "__version__", "attach_on_first_step"]
+__all__ = [
+    "BentIdentity",
+    "Elementwise",
+    "Inverse",
+    "MergeOutcome",
+    "MergeScheduler",
+    "P4Inv",
+    "P4InvStack",
+    "P4Layer",
+    "__version__",
+    "attach_on_first_step",
+]
 
 __version__ = "0.1.0"

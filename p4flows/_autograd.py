@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 
 from p4flows import algebra
 
-__all__ = ["forward_map", "inverse_map"]
+__all__ = ["differentiable", "forward_map", "in_full_precision", "inverse_map"]
 
 
 def forward_map(
@@ -50,13 +50,17 @@ _STACKED = 1024
 
 
 def _applicable(x: Tensor) -> bool:
-    """Whether eager autograd alone is at work, in full precision: no tracer, transform or autocast."""
-    return not (
-        torch.compiler.is_compiling()
-        or x.dtype.itemsize < 4
-        or torch.is_autocast_enabled(x.device.type)
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+    """Whether eager autograd alone is at work."""
+    return not torch.compiler.is_compiling() and in_full_precision(x)
+
+
+def in_full_precision(x: Tensor) -> bool:
+    """Whether a hand-written gradient will do: no transform, no forward mode, no autocast, no half precision."""
+    if x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type):
+        return False
+    # A compiler takes its own way through transforms.
+    return torch.compiler.is_compiling() or not (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )
 
 
@@ -98,7 +102,7 @@ class _Forward(Function):
     def backward(ctx: Any, gy, gl):
         A, A_inv, logabsdet_A, U, V, bias, x, Wt, Ct_inv, t = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _differentiable(_plain_forward, ctx, (A, A_inv, logabsdet_A, U, V, bias, x), (gy, gl))
+            return differentiable(_plain_forward, ctx, (A, A_inv, logabsdet_A, U, V, bias, x), (gy, gl))
         gU = gV = gb = gx = None
         r = gy.mm(U)
         if ctx.needs_input_grad[6]:
@@ -126,7 +130,7 @@ class _Inverse(Function):
     def backward(ctx: Any, gx, gl):
         A_inv, logabsdet_A, U, V, bias, y, z, Wt, Ct_inv, q = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _differentiable(_plain_inverse, ctx, (A_inv, logabsdet_A, U, V, bias, y), (gx, gl))
+            return differentiable(_plain_inverse, ctx, (A_inv, logabsdet_A, U, V, bias, y), (gx, gl))
         # q = t Ct⁻¹ with t = z V; so the gradient of Ct is -Ct⁻ᵀ Σ gl - Ct⁻ᵀ tᵀ gq Ct⁻ᵀ.
         gq = gx.mm(Wt.t()).neg_()
         gt = gq.mm(Ct_inv.t())
@@ -143,7 +147,7 @@ class _ForwardRankOne(Function):
     @staticmethod
     def forward(ctx: Any, A, A_inv, logabsdet_A, U, V, bias, x):
         u, v = U.view(-1), V.view(-1)
-        w = torch.mv(A_inv, u)
+        w = algebra.matrix_vector(A_inv, u)
         G = torch.dot(w, v).add_(1)
         y = linear(x, A, bias)
         t = torch.mv(x, v)
@@ -155,7 +159,7 @@ class _ForwardRankOne(Function):
     def backward(ctx: Any, gy, gl):
         A, A_inv, logabsdet_A, U, V, bias, x, w, G, t = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _differentiable(_plain_forward, ctx, (A, A_inv, logabsdet_A, U, V, bias, x), (gy, gl))
+            return differentiable(_plain_forward, ctx, (A, A_inv, logabsdet_A, U, V, bias, x), (gy, gl))
         u, v = U.view(-1), V.view(-1)
         gU = gV = gb = gx = None
         r = torch.mv(gy, u)
@@ -163,7 +167,7 @@ class _ForwardRankOne(Function):
             gx = torch.mm(gy, A).addr_(r, v)
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             s = gl.sum().div(G)
-            gU = torch.mv(gy.t(), t).addcmul_(torch.mv(A_inv.t(), v), s).view_as(U)
+            gU = torch.mv(gy.t(), t).addcmul_(algebra.vector_matrix(v, A_inv), s).view_as(U)
             gV = torch.mv(x.t(), r).addcmul_(w, s).view_as(V)
         if ctx.needs_input_grad[5]:
             gb = gy.sum(0)
@@ -174,7 +178,7 @@ class _InverseRankOne(Function):
     @staticmethod
     def forward(ctx: Any, A_inv, logabsdet_A, U, V, bias, y):
         u, v = U.view(-1), V.view(-1)
-        w = torch.mv(A_inv, u)
+        w = algebra.matrix_vector(A_inv, u)
         G = torch.dot(w, v).add_(1)
         z = linear(y if bias is None else y - bias, A_inv)
         q = torch.mv(z, v).div_(G)
@@ -185,7 +189,7 @@ class _InverseRankOne(Function):
     def backward(ctx: Any, gx, gl):
         A_inv, logabsdet_A, U, V, bias, y, z, w, G, q = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _differentiable(_plain_inverse, ctx, (A_inv, logabsdet_A, U, V, bias, y), (gx, gl))
+            return differentiable(_plain_inverse, ctx, (A_inv, logabsdet_A, U, V, bias, y), (gx, gl))
         v = V.view(-1)
         gt = torch.mv(gx, w).div_(G).neg_()
         gG = (gl.sum().div_(G) + torch.dot(q, gt)).neg_()
@@ -193,7 +197,7 @@ class _InverseRankOne(Function):
         gy = torch.mm(torch.addr(gx, gt, v), A_inv)
         gV = torch.mv(z.t(), gt).addcmul_(w, gG).view_as(V)
         gb = gy.sum(0).neg_() if ctx.needs_input_grad[4] else None
-        return None, None, torch.mv(A_inv.t(), gw).view_as(U), gV, gb, gy
+        return None, None, algebra.vector_matrix(gw, A_inv).view_as(U), gV, gb, gy
 
 
 def _plain_forward(A, A_inv, logabsdet_A, U, V, bias, x):
@@ -216,7 +220,7 @@ def _plain_capacitance(A_inv, U, V, x):
         return W, C, algebra.sign_and_logabsdet(C)[1]
 
 
-def _differentiable(plain: Callable, ctx: Any, inputs: tuple, gradients: tuple) -> tuple:
+def differentiable(plain: Callable, ctx: Any, inputs: tuple, gradients: tuple) -> tuple:
     """The gradients once more, by autograd on the plain operations, where they are to be differentiated again."""
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
     found = torch.autograd.grad(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["Bounds", "bounds", "integer"]
+import torch
+
+__all__ = ["Bounds", "bounds", "floating", "integer"]
 
 Bounds = tuple[float | None, float | None]
 
@@ -27,3 +29,11 @@ def bounds(name: str, given: Bounds) -> Bounds:
     if any(b is not None and math.isnan(b) for b in (low, high)) or (None not in (low, high) and low >= high):
         raise ValueError(f"{name}: expected low < high, got {given!r}")
     return low, high
+
+
+def floating(dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype, or torch's default for None; ValueError unless it is a floating-point one."""
+    dtype = dtype or torch.get_default_dtype()
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating-point type, got {dtype}")
+    return dtype

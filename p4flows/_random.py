@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["normal"]
+__all__ = ["derive", "normal"]
 
 # The constants of SplitMix64 (Steele, Lea, Flood 2014) as signed 64-bit integers.
 _GOLDEN = -7046029254386353131
@@ -23,6 +23,11 @@ def _mix(z: Tensor) -> Tensor:
     z = (z ^ _shift(z, 30)) * _MIX1
     z = (z ^ _shift(z, 27)) * _MIX2
     return z ^ _shift(z, 31)
+
+
+def derive(seed: Tensor, index: Tensor) -> Tensor:
+    """The index-th of a seed's own seeds; both int64, broadcast against each other."""
+    return _mix(_mix(seed + _GOLDEN) ^ ((index + 1) * _MIX1))
 
 
 def normal(seed: Tensor, count: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -23,14 +23,12 @@ class Stacked:
         self._pointers: list[int] = []
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The tensors as one, (len(tensors), ...); in-place changes reach them at once."""
+        """The tensors as one, (len(tensors), ...); in-place changes reach them at once, unnoticed by autograd."""
         # The storage is kept alive here, so that an equal address can only be the same memory.
-        if [t.data_ptr() for t in tensors] != self._pointers:
+        if list(map(Tensor.data_ptr, tensors)) != self._pointers:
             self._whole = torch.stack([t.detach() for t in tensors])
             views = self._whole.unbind()
             for tensor, view in zip(tensors, views, strict=True):
                 tensor.data = view
             self._pointers = [view.data_ptr() for view in views]
-        # Autograd must notice changes of what it has saved.
-        torch.autograd.graph.increment_version(tensors)
         return self._whole

@@ -3,14 +3,44 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BentIdentity"]
+__all__ = ["BentIdentity", "Elementwise", "Inverse"]
 
 
-class BentIdentity(nn.Module):
+class Elementwise(nn.Module, ABC):
+    """A bijection f of ℝ, applied to every element of (..., n); log|det| is the sum of ln|f'| over the last dimension.
+
+    A subclass gives three formulas without trainable parameters; :class:`p4flows.P4InvStack` builds its gradients from
+    them.
+    """
+
+    @abstractmethod
+    def value(self, x: Tensor) -> Tensor:
+        """f(x)."""
+
+    @abstractmethod
+    def inverse_value(self, y: Tensor) -> Tensor:
+        """The x with f(x) = y."""
+
+    @abstractmethod
+    def slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """f'(x), and the derivative of ln|f'| at x."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``(f(x), log|det|)`` of shapes (..., n) and (...)."""
+        return self.value(x), self.slope(x)[0].abs().log().sum(-1)
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """``(f⁻¹(y), log|det|)`` of shapes (..., n) and (...)."""
+        x = self.inverse_value(y)
+        return x, -self.slope(x)[0].abs().log().sum(-1)
+
+
+class BentIdentity(Elementwise):
     r"""The Bent identity, a smooth bijection of ℝ, elementwise.
 
     .. math:: B(x) = \frac{\sqrt{x^2 + 1} - 1}{2} + x, \qquad B'(x) = 1 + \frac{x}{2 \sqrt{x^2 + 1}} \in (1/2, 3/2)
@@ -26,18 +56,36 @@ class BentIdentity(nn.Module):
     [[0.0, 1.0, -3.0]]
     """
 
-    @staticmethod
-    def _logabsdet(x: Tensor) -> Tensor:
+    def value(self, x: Tensor) -> Tensor:
         # hypot does not overflow where x² would.
-        return torch.log1p(x / torch.hypot(x, torch.ones_like(x)) / 2).sum(-1)
+        return torch.add(x, torch.hypot(x, x.new_ones(())) - 1, alpha=0.5)
+
+    def inverse_value(self, y: Tensor) -> Tensor:
+        c = 2 * y + 1
+        return torch.sub(c, torch.hypot(c, c.new_full((), math.sqrt(3))), alpha=0.5) * (2 / 3)
+
+    def slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        s = torch.hypot(x, x.new_ones(()))
+        slope = 1 + x / s / 2
+        return slope, 0.5 / (s * s * s * slope)
+
+
+class Inverse(nn.Module):
+    """The inverse of a bijection, as a module: its two directions exchanged.
+
+    >>> layer = Inverse(BentIdentity())
+    >>> layer(torch.zeros(1, 2))[0].tolist()
+    [[0.0, 0.0]]
+    """
+
+    def __init__(self, bijection: nn.Module) -> None:
+        super().__init__()
+        self.bijection = bijection
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``(B(x), log|det|)`` of shapes (..., n) and (...)."""
-        y = (torch.hypot(x, torch.ones_like(x)) - 1) / 2 + x
-        return y, self._logabsdet(x)
+        """The bijection's inverse direction."""
+        return self.bijection.inverse(x)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """``(B⁻¹(y), log|det|)`` of shapes (..., n) and (...)."""
-        c = 2 * y + 1
-        x = (2 * c - torch.hypot(c, torch.full_like(c, math.sqrt(3)))) / 3
-        return x, -self._logabsdet(x)
+        """The bijection's forward direction."""
+        return self.bijection(y)

@@ -13,6 +13,8 @@ temporary except :func:`hyperpower` and :func:`residual`, which are the O(n³) c
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,20 +22,59 @@ __all__ = [
     "capacitance",
     "hyperpower",
     "low_rank_update_",
+    "matrix_vector",
+    "merge_products",
     "perturbed_inverse_product",
     "perturbed_product",
     "residual",
     "sign_and_logabsdet",
     "solve_capacitance",
+    "vector_matrix",
 ]
+
+
+def matrix_vector(M: Tensor, u: Tensor) -> Tensor:
+    """``M u`` for M (m, n) and u (n). Cost one pass over M."""
+    parts = _parts(M)
+    if parts == 1:
+        return torch.mv(M, u)
+    return torch.bmm(u.expand(parts, 1, -1), M.unflatten(0, (parts, -1)).mT).view(-1)
+
+
+def vector_matrix(v: Tensor, M: Tensor) -> Tensor:
+    """``Mᵀ v`` for M (m, n) and v (m). Cost one pass over M."""
+    parts = _parts(M)
+    if parts == 1:
+        return torch.mv(M.t(), v)
+    return torch.bmm(v.reshape(parts, 1, -1), M.unflatten(0, (parts, -1))).sum((0, 1))
+
+
+def _parts(M: Tensor) -> int:
+    # On a CPU a matrix-vector product runs on one core; a batch of them, one for each block of rows, on all.
+    return math.gcd(len(M), 16) if M.is_cpu and len(M) >= 1024 else 1
 
 
 def capacitance(A_inv: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     """``W = A⁻¹ U`` (..., n, k) and the capacitance ``C = I + Vᵀ W`` (..., k, k). Cost O(k n²)."""
     W = A_inv @ U
-    if U.shape[-1] == 1:
-        return W, 1 + (V * W).sum(-2, keepdim=True)
-    return W, torch.eye(U.shape[-1], dtype=W.dtype, device=W.device) + V.mT @ W
+    return W, _capacitance(V, W)
+
+
+def merge_products(A_inv: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W and C as :func:`capacitance` has them, and ``Vᵀ A⁻¹``, for A_inv (b, n, n) and U, V (b, n, k)."""
+    if len(U) == U.shape[-1] == 1:
+        W = matrix_vector(A_inv[0], U[0, :, 0]).view(1, -1, 1)
+        Z = vector_matrix(V[0, :, 0], A_inv[0]).view(1, 1, -1)
+    else:
+        # A product of a few rows with a large matrix is faster than one of the matrix with a few columns.
+        W, Z = (U.mT @ A_inv.mT).mT, V.mT @ A_inv
+    return W, _capacitance(V, W), Z
+
+
+def _capacitance(V: Tensor, W: Tensor) -> Tensor:
+    if V.shape[-1] == 1:
+        return 1 + (V * W).sum(-2, keepdim=True)
+    return torch.eye(V.shape[-1], dtype=W.dtype, device=W.device) + V.mT @ W
 
 
 def sign_and_logabsdet(C: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,12 +103,15 @@ def perturbed_inverse_product(A_inv: Tensor, V: Tensor, W: Tensor, C: Tensor, y:
     """``(A + U Vᵀ)⁻¹ y`` for rows y (..., n), as ``z - W C⁻¹ Vᵀ z`` with ``z = A⁻¹ y``. Cost O(n²) a row."""
     z = y @ A_inv.mT
     t = z @ V
-    t = t / C[..., 0] if C.shape[-1] == 1 else t @ solve_capacitance(C, torch.eye(C.shape[-1]).to(C)).mT
+    t = t / (C[0] if C.ndim == 2 else C) if C.shape[-1] == 1 else t @ solve_capacitance(C, torch.eye(C.shape[-1]).to(C)).mT
     return z - t @ W.mT
 
 
 def low_rank_update_(M: Tensor, L: Tensor, R: Tensor) -> Tensor:
     """``M += L R`` in place, for M (b, n, m), L (b, n, k), R (b, k, m), without a temporary of M's size."""
+    if len(M) == L.shape[-1] == 1:
+        M[0].addr_(L[0, :, 0], R[0, 0])
+        return M
     if len(M) == 1:
         M[0].addmm_(L[0], R[0])
         return M

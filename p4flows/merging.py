@@ -19,43 +19,41 @@ from p4flows._stacked import Stacked
 from p4flows.perturbation import MergeOutcome
 
 if TYPE_CHECKING:
-    from p4flows.invertible import P4Inv
+    from p4flows.tracked import TrackedInverse
 
 __all__ = ["Group", "correct_", "merge_", "redraw_"]
 
 # Up to this width layers are handled in one batched call, on memory that they share; beyond it each by itself.
 _STACKED_WIDTH = 128
 
-_STATE = {
-    name: kind
-    for kind, names in {
-        "_buffers": ("A", "A_inv", "sign_A", "logabsdet_A", "seed", "merges"),
-        "_parameters": ("U", "V"),
-    }.items()
-    for name in names
-}
+_BUFFERS = ("A", "A_inv", "sign_A", "logabsdet_A", "seed", "merges")
+_PARAMETERS = ("U", "V")
+_SAVED = ("A", "A_inv", "logabsdet_A", "U", "V")  # by autograd, which must notice changes
 
 
 class Group(list):
-    """P4Inv layers of one shape, whose tensors are kept side by side in memory if they are narrow."""
+    """Layers of one shape, whose tensors are kept side by side in memory if they are narrow."""
 
-    def __init__(self, layers: Iterable[P4Inv]) -> None:
+    def __init__(self, layers: Iterable[TrackedInverse]) -> None:
         super().__init__(layers)
-        self._stacks = {name: Stacked() for name in _STATE}
+        # A module keeps these dicts for life; looking its attributes up takes much longer.
+        self._holders = dict.fromkeys(_BUFFERS, [layer.__dict__["_buffers"] for layer in self])
+        self._holders |= dict.fromkeys(_PARAMETERS, [layer.__dict__["_parameters"] for layer in self])
+        self._stacks = {name: Stacked() for name in self._holders}
 
     def states(self) -> Iterator[dict[str, Tensor]]:
-        """The layers' tensors under a leading dimension, in order: all at once if narrow, else one by one.
+        """The layers' tensors under one leading dimension, in order: all at once if narrow, else one by one.
 
         In-place changes reach the layers at once.
         """
-        if len(self) == 1 or self[0].features > _STACKED_WIDTH:
-            for layer in self:
-                yield {name: getattr(layer, name).detach().unsqueeze(0) for name in _STATE}
+        tensors = {name: [holder[name] for holder in holders] for name, holders in self._holders.items()}
+        batch = self[0].merges.ndim
+        if len(self) == 1 or batch or self[0].features > _STACKED_WIDTH:
+            for i in range(len(self)):
+                yield {name: each[i].detach().view(-1, *each[i].shape[batch:]) for name, each in tensors.items()}
         else:
-            yield {
-                name: self._stacks[name].of([layer.__dict__[kind][name] for layer in self])
-                for name, kind in _STATE.items()
-            }
+            torch.autograd.graph.increment_version([t for name in _SAVED for t in tensors[name]])
+            yield {name: self._stacks[name].of(each) for name, each in tensors.items()}
 
 
 @torch.no_grad()
@@ -77,9 +75,9 @@ def merge_(
     largest = _largest(U), _largest(V)
     finite = largest[0].isfinite() & largest[1].isfinite()
     U_new, V_new = (torch.where(finite[:, None, None], M, 0) for M in (U, V))
-    W, C = algebra.capacitance(A_inv, U_new, V_new)
+    W, C, Z = algebra.merge_products(A_inv, U_new, V_new)
     sign_G, log_G = algebra.sign_and_logabsdet(C)
-    K = algebra.solve_capacitance(C, V_new.mT @ A_inv)
+    K = algebra.solve_capacitance(C, Z)
 
     # A bound on the entries of both updates, so that nothing infinite is stored: |U Vᵀ| <= k max|U| max|V|.
     limit = torch.finfo(A.dtype).max / 4 / U.shape[-1]
@@ -128,7 +126,7 @@ def correct_(A: Tensor, A_inv: Tensor, sign_A: Tensor, logabsdet_A: Tensor, orde
 
 
 def _largest(M: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(M, torch.inf, (-2, -1), dtype=torch.float64)
+    return M.abs().amax((-2, -1)).double()
 
 
 def _within(value: Tensor, bounds: Bounds) -> Tensor:

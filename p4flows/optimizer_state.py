@@ -47,31 +47,36 @@ class StateReset:
         """
         if which.device.type == "cpu" and not which.any():  # elsewhere, asking would mean waiting
             return
-        all_state = self.optimizer.state
-        states = [(i, all_state[p]) for i, p in enumerate(self.parameters) if p in all_state]
+        index = [i for i, p in enumerate(self.parameters) if p in self.optimizer.state]
+        states = [self.optimizer.state[self.parameters[i]] for i in index]
         masks = {which.device: which}
-        for name in dict.fromkeys(name for _, state in states for name in state):
+        for name in set().union(*states):
+            values = [state.get(name) for state in states]
             if name not in _INITIAL:
-                if any(which[i] for i, state in states if name in state):
+                if any(which[i] for i, value in zip(index, values, strict=True) if value is not None):
                     raise ValueError(
                         f"optimizer: the initial value of {type(self.optimizer).__name__}'s state {name!r} "
                         'is not known; use reset="none"'
                     )
                 continue
-            kinds = defaultdict(list)
-            for i, state in states:
-                value = state.get(name)
-                if isinstance(value, Tensor):
-                    kinds[value.device].append((i, value))
-                elif value is not None and which[i]:
-                    state[name] = type(value)(_INITIAL[name])
-            for device, rows in kinds.items():
-                if device not in masks:
-                    masks[device] = which.to(device)
-                index, values = zip(*rows, strict=True)
-                mask = masks[device] if len(index) == len(which) else masks[device][torch.tensor(index, device=device)]
-                if len(values) == 1:
-                    values[0].masked_fill_(mask[0], _INITIAL[name])
+            places = [value.device if isinstance(value, Tensor) else type(value) for value in values]
+            for place in dict.fromkeys(places):
+                if place is type(None):
+                    continue
+                if not isinstance(place, torch.device):
+                    for i, state in zip(index, states, strict=True):
+                        if type(state.get(name)) is place and which[i]:
+                            state[name] = place(_INITIAL[name])
+                    continue
+                if place not in masks:
+                    masks[place] = which.to(place)
+                mask, here = masks[place], values
+                if places.count(place) < len(which):
+                    kept = [(i, value) for i, value, other in zip(index, values, places, strict=True) if other == place]
+                    rows, here = zip(*kept, strict=True)
+                    mask = mask[torch.tensor(rows, device=place)]
+                if len(here) == 1:
+                    here[0].masked_fill_(mask[0], _INITIAL[name])
                 else:
-                    whole = self._stacks[name, device].of(values)
+                    whole = self._stacks[name, place].of(here)
                     whole.masked_fill_(mask.view(-1, *[1] * (whole.ndim - 1)), _INITIAL[name])

@@ -52,7 +52,8 @@ class P4Layer(nn.Module, ABC):
     def merge(self, force: bool = False) -> Tensor:
         """Merge the perturbation into the frozen parameters; with ``force``, even outside the bounds.
 
-        Returns a 0-d int64 tensor on the layer's device, the value of a :class:`MergeOutcome`.
+        Returns the value of a :class:`MergeOutcome`, an int64 tensor on the layer's device: 0-d, or one for each
+        of many matrices in the layer.
         """
 
     @abstractmethod
@@ -79,7 +80,7 @@ class P4Layer(nn.Module, ABC):
 
     @classmethod
     def merge_all(cls, layers: Sequence[P4Layer], force: bool = False) -> Tensor:
-        """Merge layers of equal ``group_key``; the outcomes, (len(layers),)."""
+        """Merge layers of equal ``group_key``; the outcomes, (len(layers), ...)."""
         return torch.stack([layer.merge(force) for layer in layers])
 
     @classmethod

@@ -230,11 +230,13 @@ class MergeScheduler:
 
     def _count(self, outcomes: Tensor) -> None:
         counts = self._outcomes.setdefault(outcomes.device, torch.zeros(4, dtype=torch.int64, device=outcomes.device))
-        counts.index_add_(0, outcomes, torch.ones_like(outcomes))
+        counts.index_add_(0, outcomes.flatten(), torch.ones_like(outcomes).flatten())
 
     def _reset_optimizer(self, resets: list[list[StateReset]], outcomes: Tensor) -> None:
         broken = outcomes == MergeOutcome.RESET
-        merged = broken | (outcomes == MergeOutcome.MERGED) | (outcomes == MergeOutcome.FORCED)
+        merged = outcomes != MergeOutcome.SKIPPED
+        if outcomes.ndim > 1:  # an optimizer counts the steps of a parameter as one
+            broken, merged = (any_of.flatten(1).any(1) for any_of in (broken, merged))
         for columns, on_merge in zip(resets, (self.reset != "none", self.reset == "all"), strict=True):
             for reset in columns:
                 reset(merged if on_merge else broken)

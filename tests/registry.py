@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import p4flows
-from p4flows import MergeScheduler, P4Inv
+from p4flows import BentIdentity, Inverse, MergeScheduler, P4Inv, P4InvStack
+from p4flows.tracked import TrackedInverse
 
 N = 6
 PERMUTATION = torch.tensor([2, 0, 1, 5, 3, 4])
@@ -30,6 +31,28 @@ def _activation(cls: type) -> Callable[..., nn.Module]:
     return lambda dtype=None, device=None: cls()
 
 
+class WideP4InvStack(P4InvStack):
+    """Layer by layer, as wide stacks are run."""
+
+    narrow = 0
+
+
+class _Leaky(nn.Module):
+    """A bijection with a parameter, and without formulas for its slope."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_slope = nn.Parameter(torch.tensor(-0.3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        a = torch.where(x > 0, 0, self.log_slope.to(x))
+        return x * a.exp(), a.sum(-1)
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        a = -torch.where(y > 0, 0, self.log_slope.to(y))
+        return y * a.exp(), a.sum(-1)
+
+
 LAYERS: dict[str, Callable[..., nn.Module]] = {
     "P4Inv": _p4inv(),
     "P4Inv-rank3": _p4inv(rank=3),
@@ -39,6 +62,11 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
     "P4Inv-orthogonal": _p4inv(init="orthogonal", rank=2),
     "P4Inv-permutation": _p4inv(init=PERMUTATION),
     "P4Inv-matrix": _p4inv(init=matrix(N)),
+    "P4InvStack": lambda **more: P4InvStack(N, 5, **{"seed": 7, **more}),
+    "P4InvStack-1": lambda **more: P4InvStack(N, 1, 2, False, "orthogonal", **{"seed": 7, **more}),
+    "P4InvStack-wide": lambda **more: WideP4InvStack(N, 3, 2, **{"seed": 7, **more}),
+    "P4InvStack-plain": lambda **more: P4InvStack(N, 4, activations=[_Leaky()], **{"seed": 7, **more}),
+    "Inverse": lambda dtype=None, device=None: Inverse(BentIdentity()),
     "BentIdentity": _activation(p4flows.BentIdentity),
 }
 
@@ -85,7 +113,7 @@ def perturb(layer: nn.Module, scale: float = 0.1) -> nn.Module:
     """Put noise on U and the bias, so that nothing is at its special starting value."""
     with torch.no_grad():
         for module in layer.modules():
-            if isinstance(module, P4Inv):
+            if isinstance(module, TrackedInverse):
                 module.U.normal_(std=scale)
                 if module.bias is not None:
                     module.bias.normal_()
