@@ -9,6 +9,7 @@ COMMANDS = {
     "demo": "alanine dipeptide with fixed and with learned swaps; what `make demo` runs",
     "cost": "time and memory of a training evaluation against width (Figure 2)",
     "merge": "time of a merge",
+    "step": "time of a training step of deep networks, eager and compiled",
     "readme": "copy the result tables into README.md",
 }
 

@@ -27,7 +27,7 @@ _BLOCK = 0.03  # seconds; evaluations of one method that are timed together
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--widths", type=int, nargs="+", default=[2, 16, 64, 256, 512, 1024, 2048, 4096])
+    parser.add_argument("--widths", type=int, nargs="+", default=[2, 16, 64, 256, 512, 1024, 2048, 4096, 8192])
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 256])
     parser.add_argument("--seconds", type=float, default=10.0, help="for each width, batch and direction")
     parser.add_argument("--device", default="cpu")

@@ -53,6 +53,8 @@ def _linear(n: int, device: torch.device) -> tuple[Evaluation, Evaluation]:
 
 
 class _Dense(nn.Module):
+    """A plain weight; log|det|, inverse and solution by LU."""
+
     def __init__(self, n: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.linalg.qr(torch.randn(n, n)).Q)
@@ -76,6 +78,16 @@ def _dense(inverse: str) -> Callable[[int, torch.device], tuple[Evaluation, Eval
         return _training(layer, layer), _training(layer, getattr(layer, inverse))
 
     return make
+
+
+def _geotorch(n: int, device: torch.device) -> tuple[Evaluation, Evaluation]:
+    import geotorch
+
+    layer = _Dense(n).to(device)
+    geotorch.invertible(layer, "weight")
+    with torch.no_grad():
+        layer.weight = torch.eye(n, device=device)
+    return _training(layer, layer), _training(layer, layer.solve)
 
 
 def _nflows(name: str, **options: int) -> Callable[[int, torch.device], tuple[Evaluation, Evaluation]]:
@@ -133,6 +145,7 @@ METHODS: dict[str, Callable[[int, torch.device], tuple[Evaluation, Evaluation]]]
     "nflows QRLinear": _nflows("QRLinear"),
     "nflows SVDLinear": _nflows("SVDLinear"),
     "nflows NaiveLinear": _nflows("NaiveLinear"),
+    "geotorch GLp": _geotorch,
     "normflows LULinearPermute": _normflows,
     "zuko LULinearTransform": _zuko,
 }

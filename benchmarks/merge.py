@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from benchmarks.bgflow_checkout import find_bgflow
 from benchmarks.environment import RESULTS, save
-from p4flows import MergeScheduler, P4Inv
+from p4flows import MergeScheduler, P4Inv, P4InvStack
 
 __all__ = ["add_arguments", "run", "table"]
 
@@ -32,7 +32,9 @@ def run(args: Namespace) -> dict[str, Any]:
     bgflow = find_bgflow()
     rows = []
     for layers, n in tqdm(list(zip(args.layers, args.widths, strict=True)), desc="model"):
-        jobs = {"p4flows": _ours(layers, n)}
+        jobs = {"p4flows": _ours(nn.ModuleList([P4Inv(n, seed=i) for i in range(layers)]))}
+        if layers > 1:
+            jobs["stack"] = _ours(nn.ModuleList([P4InvStack(n, layers)]))
         if bgflow:
             jobs["bgflow"] = _bgflow(layers, n)
         jobs["updates"] = _updates(layers, n)
@@ -67,8 +69,7 @@ def _perturb(parameters: list[nn.Parameter]) -> None:
             parameter.normal_(std=0.01)
 
 
-def _ours(layers: int, n: int):
-    model = nn.ModuleList([P4Inv(n, seed=i) for i in range(layers)])
+def _ours(model: nn.ModuleList):
     scheduler = MergeScheduler(model, _trained(model), every=1, correct_every=None)
     scheduler.step()
     return lambda: _perturb([layer.U for layer in model]), scheduler.step
@@ -90,7 +91,7 @@ def _updates(layers: int, n: int):
     def work() -> None:
         for M in (A, A_inv):
             if layers == 1:
-                M[0].addmm_(u[0], u[0].T)
+                M[0].addr_(u[0, :, 0], u[0, :, 0])
             else:
                 M.baddbmm_(u, u.mT)
 
@@ -99,13 +100,14 @@ def _updates(layers: int, n: int):
 
 def table(results: dict[str, Any]) -> str:
     """Milliseconds of a merge, as a Markdown table."""
-    lines = ["| layers | p4flows | bgflow | ratio | the two updates alone |", "|---|---:|---:|---:|---:|"]
+    lines = [
+        "| layers | P4Inv layers | P4InvStack | bgflow | bgflow to P4Inv, to P4InvStack | the two updates alone |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     for row in results["rows"]:
-        ms, n = row["ms"], row["n"]
-        bgflow, ratio = (
-            (f"{ms['bgflow']:.3g} ms", f"{ms['bgflow'] / ms['p4flows']:.1f}") if "bgflow" in ms else ("–", "–")
-        )
-        lines.append(
-            f"| {row['layers']} of {n} × {n} | {ms['p4flows']:.3g} ms | {bgflow} | {ratio} | {ms['updates']:.3g} ms |"
-        )
+        ms = row["ms"]
+        cells = [f"{ms[name]:.3g} ms" if name in ms else "–" for name in ("p4flows", "stack", "bgflow", "updates")]
+        ratios = [f"{ms['bgflow'] / ms[name]:.1f}" for name in ("p4flows", "stack") if {name, "bgflow"} <= ms.keys()]
+        cells.insert(3, ", ".join(ratios) or "–")
+        lines.append(f"| {row['layers']} of {row['n']} × {row['n']} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -9,14 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cost, demo, merge
+from benchmarks import cost, demo, merge, step
 from benchmarks.environment import RESULTS
 
 __all__ = ["add_arguments", "render", "run"]
 
 README = Path(__file__).parent.parent / "README.md"
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo.table, "cost": cost.table, "merge": merge.table}
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "demo": demo.table,
+    "cost": cost.table,
+    "merge": merge.table,
+    "step": step.table,
+}
 
 
 def add_arguments(parser: ArgumentParser) -> None:

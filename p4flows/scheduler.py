@@ -179,7 +179,7 @@ class MergeScheduler:
             self._reset_optimizer(resets, outcomes)
             if correct:
                 type(group[0]).correct_all(group)
-                self._corrections += len(group)
+                self._corrections += outcomes.numel()
 
     def penalty(self) -> Tensor:
         """Sum of the layers' penalties (Appendix A), a differentiable scalar to add to the loss."""

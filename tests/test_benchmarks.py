@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 pytest.importorskip("nflows")
 pytest.importorskip("openmm")
@@ -13,6 +14,7 @@ from benchmarks import __main__ as command
 from benchmarks.boltzmann import Samples, jensen_shannon
 from benchmarks.readme import README, render
 from benchmarks.realnvp import real_nvp
+from p4flows import MergeScheduler
 from p4flows.nflows import replace_permutations
 
 
@@ -25,6 +27,30 @@ def test_the_paper_s_architecture_has_the_paper_s_parameters():
     assert sum(p.numel() for p in flow.parameters()) == 735_050
     assert replace_permutations(flow) == 50
     assert sum(p.numel() for p in flow.parameters()) == 744_050
+
+
+def test_the_flow_compiles_to_one_graph_in_both_directions_and_merges_do_not_recompile_it():
+    torch._dynamo.reset()
+    flow = real_nvp(6, 4)
+    replace_permutations(flow)
+    transform = flow._transform
+    for direction in (transform.forward, transform.inverse):
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(direction, fullgraph=True, backend=counter)
+        optimizer = torch.optim.Adam(transform.parameters(), lr=1e-2)
+        scheduler = MergeScheduler(transform, optimizer, every=1, correct_every=2)
+        for step in range(4):
+            x = torch.randn(5, 6)
+            for eager, traced in zip(direction(x), compiled(x), strict=True):
+                torch.testing.assert_close(traced, eager, atol=1e-5, rtol=1e-4)
+            y, logabsdet = compiled(x)
+            optimizer.zero_grad()
+            (y.square().sum(-1) / 2 - logabsdet).mean().backward()
+            optimizer.step()
+            scheduler.step()
+            graphs = counter.frame_count if step == 0 else graphs
+        assert scheduler.counters["merged"] == 16
+        assert counter.frame_count == graphs > 0
 
 
 @pytest.mark.filterwarnings("ignore:.*Tight layout.*")
@@ -54,7 +80,7 @@ def test_jensen_shannon_divergence():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_cost_and_merge(tmp_path, monkeypatch, capsys):
+def test_cost_merge_and_step(tmp_path, monkeypatch, capsys):
     arguments = "cost --widths 4 64 --batches 8 --seconds 0.1"
     monkeypatch.setattr("sys.argv", ["benchmarks", *arguments.split(), "--out", str(tmp_path)])
     command.main()
@@ -73,4 +99,13 @@ def test_cost_and_merge(tmp_path, monkeypatch, capsys):
     command.main()
     rows = json.loads((tmp_path / "merge.json").read_text())["rows"]
     assert [(row["layers"], row["n"]) for row in rows] == [(5, 3), (1, 200)]
+    assert rows[0]["ms"]["stack"] > 0
     assert all(row["ms"]["p4flows"] > row["ms"]["updates"] > 0 for row in rows)
+
+    arguments = "step --depth 4 --couplings 2 --models 3 --rounds 2"
+    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments.split(), "--out", str(tmp_path)])
+    command.main()
+    rows = json.loads((tmp_path / "step.json").read_text())["rows"]
+    names = {row["method"] for row in rows}
+    assert {"P4InvStack", "separate P4Inv", "P4InvStack, 3 models", "RealNVP", "RealNVP + P4Inv"} <= names
+    assert all(row["ms"] > 0 for row in rows)

@@ -383,3 +383,26 @@ def test_wrong_arguments(arguments, message):
 def test_wrong_order():
     with pytest.raises(ValueError, match="order: expected 2, 3 or 7, got 5"):
         P4Inv(2).correct(5)
+
+
+@pytest.mark.parametrize("n", [1024, 1025, 1032])
+def test_matrix_vector_products_of_large_matrices(n):
+    M, u = torch.randn(n, n - 3, dtype=torch.float64), torch.randn(n, dtype=torch.float64)
+    torch.testing.assert_close(algebra.matrix_vector(M, u[:-3]), M @ u[:-3])
+    torch.testing.assert_close(algebra.vector_matrix(u, M), u @ M)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_wide_layer_against_the_dense_oracle(rank):
+    layer = P4Inv(1024, rank, init="orthogonal")
+    with torch.no_grad():
+        layer.U.normal_(std=0.01)
+    M = layer.matrix.double()
+    sign, logabsdet = torch.linalg.slogdet(M)
+    x = torch.randn(4, 1024)
+    for _ in range(2):
+        torch.testing.assert_close(layer(x)[1].double(), logabsdet.expand(4), atol=1e-4, rtol=0)
+        torch.testing.assert_close(layer(x)[0].double(), x.double() @ M.T, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(layer.inverse(x)[0].double(), torch.linalg.solve(M, x.double().T).T, atol=1e-3, rtol=1e-3)
+        assert layer.sign == sign
+        assert layer.merge() == MergeOutcome.MERGED
