@@ -16,6 +16,7 @@ from tqdm import tqdm
 from benchmarks.bgflow_checkout import find_bgflow
 from benchmarks.environment import RESULTS, save
 from p4flows import MergeScheduler, P4Inv, P4InvStack
+from p4flows.algebra import low_rank_update_
 
 __all__ = ["add_arguments", "run", "table"]
 
@@ -90,10 +91,7 @@ def _updates(layers: int, n: int):
 
     def work() -> None:
         for M in (A, A_inv):
-            if layers == 1:
-                M[0].addr_(u[0, :, 0], u[0, :, 0])
-            else:
-                M.baddbmm_(u, u.mT)
+            low_rank_update_(M, u, u.mT)
 
     return lambda: None, work
 

@@ -1,4 +1,4 @@
-"""A whole training step of the deep networks of the paper: Appendix G's stack, and the 50-coupling flow of Appendix H."""
+"""A whole training step of the paper's deep networks: the stack of Appendix G, the 50-coupling flow of Appendix H."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """A chain of affine maps and elementwise bijections, with its gradient written by hand.
 
-Step by step only what depends on the step before is done: an affine map and f(x) on the way there, one multiply-add and
-one product on the way back. Slopes, log-determinants and the gradients of all matrices are computed for all steps at once.
+Step by step only what depends on the step before is done: an affine map and f(x) on the way there, one multiply-add
+and one product on the way back. Slopes, log-determinants and the gradients of all matrices are computed for all steps
+at once.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def bijection(step: Step, x: Tensor) -> tuple[Tensor, Tensor]:
 def chain(x: Tensor, M: Tensor, b: Tensor, steps: list[Step | None], period: int) -> tuple[Tensor, Tensor]:
     """``f_L(M_L ... f_1(M_1 x + b_1) ... + b_L)`` of rows, and Σ log|det f_i|.
 
-    x (N, n), M (L, n, n), b (L, n); or x (m, N, n), M (L, m, n, n), b (L, m, 1, n). ``steps`` are the f, and repeat with
-    ``period``; None for the last is the identity.
+    x (N, n), M (L, n, n), b (L, n); or x (m, N, n), M (L, m, n, n), b (L, m, 1, n). ``steps`` are the f, and repeat
+    with ``period``; None for the last is the identity.
     """
     formulas = [_formulas(step) for step in steps[:period] if step is not None]
     if None in formulas or not in_full_precision(x):

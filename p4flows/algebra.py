@@ -103,19 +103,19 @@ def perturbed_inverse_product(A_inv: Tensor, V: Tensor, W: Tensor, C: Tensor, y:
     """``(A + U Vᵀ)⁻¹ y`` for rows y (..., n), as ``z - W C⁻¹ Vᵀ z`` with ``z = A⁻¹ y``. Cost O(n²) a row."""
     z = y @ A_inv.mT
     t = z @ V
-    t = t / (C[0] if C.ndim == 2 else C) if C.shape[-1] == 1 else t @ solve_capacitance(C, torch.eye(C.shape[-1]).to(C)).mT
+    t = (
+        t / (C[0] if C.ndim == 2 else C)
+        if C.shape[-1] == 1
+        else t @ solve_capacitance(C, torch.eye(C.shape[-1]).to(C)).mT
+    )
     return z - t @ W.mT
 
 
 def low_rank_update_(M: Tensor, L: Tensor, R: Tensor) -> Tensor:
     """``M += L R`` in place, for M (b, n, m), L (b, n, k), R (b, k, m), without a temporary of M's size."""
-    if len(M) == L.shape[-1] == 1:
-        M[0].addr_(L[0, :, 0], R[0, 0])
-        return M
-    if len(M) == 1:
-        M[0].addmm_(L[0], R[0])
-        return M
-    return M.baddbmm_(L, R)
+    if L.shape[-1] > 1:
+        return M.baddbmm_(L, R) if len(M) > 1 else M[0].addmm_(L[0], R[0])[None]
+    return M.addcmul_(L, R) if len(M) > 1 else M[0].addr_(L[0, :, 0], R[0, 0])[None]
 
 
 def residual(A: Tensor, A_inv: Tensor) -> Tensor:

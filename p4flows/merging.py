@@ -37,8 +37,8 @@ class Group(list):
     def __init__(self, layers: Iterable[TrackedInverse]) -> None:
         super().__init__(layers)
         # A module keeps these dicts for life; looking its attributes up takes much longer.
-        self._holders = dict.fromkeys(_BUFFERS, [layer.__dict__["_buffers"] for layer in self])
-        self._holders |= dict.fromkeys(_PARAMETERS, [layer.__dict__["_parameters"] for layer in self])
+        buffers, parameters = ([layer.__dict__[kind] for layer in self] for kind in ("_buffers", "_parameters"))
+        self._holders = dict.fromkeys(_BUFFERS, buffers) | dict.fromkeys(_PARAMETERS, parameters)
         self._stacks = {name: Stacked() for name in self._holders}
 
     def states(self) -> Iterator[dict[str, Tensor]]:

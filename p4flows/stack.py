@@ -26,8 +26,8 @@ class P4InvStack(TrackedInverse):
     r"""A deep narrow network ``f_L ∘ P_L ∘ ... ∘ f_1 ∘ P_1`` of P4Inv layers P and elementwise bijections f.
 
     The function is that of L :class:`p4flows.P4Inv` layers with bijections after them, and so is its training; the
-    tensors of all layers are kept in one, so that a training step, a merge and an optimizer step take a few calls for
-    all of them. With ``models`` = m, m networks that have nothing in common are trained side by side.
+    tensors of all layers are kept in one, so that a merge and an optimizer step take a few calls for all of them. With
+    ``models`` = m, m networks that have nothing in common are trained side by side.
 
     Args:
         features: n, the size of the last dimension of the input. Meant for n of up to about 100.
@@ -36,19 +36,20 @@ class P4InvStack(TrackedInverse):
             in P4Inv.
         seed: of the network; the layers' seeds are derived from it. Model i of several is that of ``seed + i``.
         models: m, the number of independent networks, or None for one without a model dimension.
-        activations: the bijections f, repeated over the layers; by default the Bent identity and its inverse in turn, as
-            in Appendix G. Modules with ``forward`` and ``inverse`` that return values (..., n) and log|det| (...), shared
-            by all models. With :class:`p4flows.Elementwise` ones, and inverses of such, gradients are written by hand:
-            several times faster.
+        activations: the bijections f, repeated over the layers; by default the Bent identity and its inverse in turn,
+            as in Appendix G. Modules with ``forward`` and ``inverse`` that return values (..., n) and log|det| (...),
+            shared by all models. With :class:`p4flows.Elementwise` ones, and inverses of such, gradients are written
+            by hand: several times faster.
 
-    Attributes: those of P4Inv with leading dimensions (L) or (m, L): ``U`` (L, n, k), ``bias`` (L, n), ``logabsdet`` (L),
-    and so on. ``stack[i]`` is layer i, a P4Inv of its own with a copy of all its tensors; of several models ``stack[i]``
-    is a P4InvStack, and ``stack[i, l]`` one of its layers. ``list(stack)`` and :meth:`from_layers` convert.
+    Attributes: those of P4Inv with leading dimensions (L) or (m, L): ``U`` (L, n, k), ``bias`` (L, n), ``logabsdet``
+    (L), and so on. ``stack[i]`` is layer i, a P4Inv of its own with a copy of all its tensors; of several models
+    ``stack[i]`` is a P4InvStack, and ``stack[i, l]`` one of its layers. ``list(stack)`` and :meth:`from_layers`
+    convert.
 
     Shapes: input (..., n) or (m, ..., n) to output of the same shape and log|det| (...) or (m, ...).
 
-    An optimizer counts the steps of a parameter as one number. So where :class:`p4flows.MergeScheduler` sets the state of
-    a layer back that has merged, that of the whole stack goes back: the layers and models that were skipped included.
+    An optimizer counts the steps of a parameter as one number. So where :class:`p4flows.MergeScheduler` sets the state
+    of a layer back that has merged, that of the whole stack goes back: of skipped layers and models too.
 
     Raises:
         ValueError: for an argument outside what is said here, and by both directions for input of another shape or
@@ -98,7 +99,9 @@ class P4InvStack(TrackedInverse):
             starts = [initial_matrix(init, self.features, seeds, dtype)] * seeds.numel()
         fields = (torch.stack(tensors).unflatten(0, seeds.shape) for tensors in zip(*starts, strict=True))
         self._register(InitialMatrix(*fields), seeds, bias)
-        self.activations = nn.ModuleList((BentIdentity(), Inverse(BentIdentity())) if activations is None else activations)
+        self.activations = nn.ModuleList(
+            (BentIdentity(), Inverse(BentIdentity())) if activations is None else activations
+        )
         if not self.activations or not all(callable(getattr(f, "inverse", None)) for f in self.activations):
             raise ValueError(f"activations: expected modules with forward and inverse, got {activations!r}")
         if device is not None:

@@ -403,6 +403,8 @@ def test_a_wide_layer_against_the_dense_oracle(rank):
     for _ in range(2):
         torch.testing.assert_close(layer(x)[1].double(), logabsdet.expand(4), atol=1e-4, rtol=0)
         torch.testing.assert_close(layer(x)[0].double(), x.double() @ M.T, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(layer.inverse(x)[0].double(), torch.linalg.solve(M, x.double().T).T, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(
+            layer.inverse(x)[0].double(), torch.linalg.solve(M, x.double().T).T, atol=1e-3, rtol=1e-3
+        )
         assert layer.sign == sign
         assert layer.merge() == MergeOutcome.MERGED
