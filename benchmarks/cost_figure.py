@@ -25,11 +25,11 @@ def draw(results: dict[str, Any], path: Path) -> Path:
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.2), sharey=True, layout="constrained")
     rows = [row for row in results["rows"] if row["batch"] == batch]
     for ax, direction in zip(axes, ("forward", "inverse"), strict=True):
-        for method in METHODS:
+        for i, method in enumerate(METHODS):
             points = [(r["n"], r["ms"]) for r in rows if r["method"] == method and r["direction"] == direction]
             if not points:
                 continue
-            color, style, width = _EMPHASIS.get(method, (None, "--", 1.2))
+            color, style, width = _EMPHASIS.get(method, (plt.get_cmap("tab20")(i), "--", 1.2))
             slope = results["exponents"].get(f"{method}, {direction}, batch {batch}")
             label = method if slope is None else f"{method}  (n^{slope:.1f})"
             ax.loglog(*zip(*points, strict=True), style, marker="o", ms=4, color=color, lw=width, label=label)
