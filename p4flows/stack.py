@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -145,7 +146,8 @@ class P4InvStack(TrackedInverse):
         if count == 0:
             part = P4Inv(**sizes, **options)
         else:
-            part = P4InvStack(depth=self.depth, activations=self.activations, **sizes, **options)
+            activations = copy.deepcopy(self.activations)
+            part = P4InvStack(depth=self.depth, activations=activations, **sizes, **options)
         with torch.no_grad():
             for name in self._tensors():
                 getattr(part, name).copy_(getattr(self, name)[index])

@@ -127,6 +127,7 @@ def test_models_side_by_side_are_independent(inverse):
         torch.testing.assert_close(grid.U.grad[i], single.U.grad)
         torch.testing.assert_close(grid.bias.grad[i], single.bias.grad)
     torch.testing.assert_close(grid[1, 2].matrix, grid.matrix[1, 2])
+    assert grid[1].activations[0] is not grid.activations[0]
     assert grid.merge(force=True).shape == (3, DEPTH)
     for i, single in enumerate(singles):
         torch.testing.assert_close(grid.matrix[i], single.matrix)
