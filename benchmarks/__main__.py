@@ -7,6 +7,7 @@ from importlib import import_module
 
 COMMANDS = {
     "demo": "alanine dipeptide with fixed and with learned swaps; what `make demo` runs",
+    "alanine_dipeptide": "the Boltzmann generators of Figure 7, at the scale of the paper",
     "cost": "time and memory of a training evaluation against width (Figure 2)",
     "merge": "time of a merge",
     "step": "time of a training step of deep networks, eager and compiled",

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.boltzmann import PERTURBATION, TEMPERATURE, describe, load_data, measure, train
+from benchmarks.boltzmann import PERTURBATION, TEMPERATURE, describe, load_data, measure
+from benchmarks.boltzmann_training import Stage, train
 from benchmarks.demo_figure import draw
 from benchmarks.environment import save
 from benchmarks.realnvp import real_nvp
@@ -43,7 +44,7 @@ def run(args: Namespace) -> dict[str, Any]:
         flow = real_nvp(data.coordinates.n_coordinates, args.couplings)
         if name != "RealNVP":
             replace_permutations(flow, rank=args.rank, seed=args.seed)
-        training = train(flow, data, args.steps, name=name, seed=args.seed)
+        training = train(flow, data, Stage(args.steps, schedule="cosine", seed=args.seed), name)
         rows[name], samples[name] = measure(flow, data, md, args.samples, args.seed)
         rows[name] |= training
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "function")}

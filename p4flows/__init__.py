@@ -6,13 +6,16 @@ perturbation, merge it every N steps. Plug-ins: :mod:`p4flows.nflows`, :mod:`p4f
 """
 
 from p4flows.activations import BentIdentity, Elementwise, Inverse
+from p4flows.averaging import AveragedModel
 from p4flows.invertible import P4Inv
-from p4flows.perturbation import MergeOutcome, P4Layer
+from p4flows.perturbation import Correction, MergeOutcome, P4Layer
 from p4flows.scheduler import MergeScheduler, attach_on_first_step
 from p4flows.stack import P4InvStack
 
 __all__ = [
+    "AveragedModel",
     "BentIdentity",
+    "Correction",
     "Elementwise",
     "Inverse",
     "MergeOutcome",

@@ -20,6 +20,7 @@ from torch import Tensor
 
 __all__ = [
     "capacitance",
+    "cheapest_order",
     "hyperpower",
     "low_rank_update_",
     "matrix_vector",
@@ -27,6 +28,8 @@ __all__ = [
     "perturbed_inverse_product",
     "perturbed_product",
     "residual",
+    "residual_estimate",
+    "rounding_floor",
     "sign_and_logabsdet",
     "solve_capacitance",
     "vector_matrix",
@@ -34,11 +37,12 @@ __all__ = [
 
 
 def matrix_vector(M: Tensor, u: Tensor) -> Tensor:
-    """``M u`` for M (m, n) and u (n). Cost one pass over M."""
+    """``M u`` for M (m, n) and u (n), or of a few vectors as rows u (p, n). Cost one pass over M."""
     parts = _parts(M)
     if parts == 1:
-        return torch.mv(M, u)
-    return torch.bmm(u.expand(parts, 1, -1), M.unflatten(0, (parts, -1)).mT).view(-1)
+        return torch.mv(M, u) if u.ndim == 1 else u @ M.t()
+    rows = u.view(-1, u.shape[-1]).expand(parts, -1, -1)
+    return torch.bmm(rows, M.unflatten(0, (parts, -1)).mT).movedim(0, 1).reshape(*u.shape[:-1], -1)
 
 
 def vector_matrix(v: Tensor, M: Tensor) -> Tensor:
@@ -123,6 +127,41 @@ def residual(A: Tensor, A_inv: Tensor) -> Tensor:
     R = (A @ A_inv).neg_()
     R.diagonal(dim1=-2, dim2=-1).add_(1)
     return R
+
+
+def residual_estimate(A: Tensor, A_inv: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    """Frobenius norms of ``I - A A_inv`` and of ``A_inv``, estimated from probes X (b, p, n) as rows; (b). O(p n²).
+
+    ``E |R x|² = |R|²`` for x ~ N(0, I). With p = 4 the estimate is too small by a factor of ten in one of 5,000 cases
+    for an R of rank one, where it varies most.
+    """
+    if len(A) == 1:
+        Y = matrix_vector(A_inv[0], X[0])[None]
+        R = X - matrix_vector(A[0], Y[0])
+    else:
+        Y = X @ A_inv.mT
+        R = X - Y @ A.mT
+    scale = X.shape[-2] ** -0.5
+    return torch.linalg.matrix_norm(R) * scale, torch.linalg.matrix_norm(Y) * scale
+
+
+def rounding_floor(A: Tensor, A_inv: Tensor) -> Tensor:
+    r"""Frobenius norm of the residual that rounding the entries of an exact inverse leaves, (...). Cost O(n²).
+
+    ``A δ`` for independent relative errors of the entries of A⁻¹, which for uniformly distributed mantissas are 0.2 ε
+    (root mean square): :math:`0.2 ε (\sum_i |A e_i|^2 |e_i^T A^{-1}|^2)^{1/2}`.
+    """
+    columns, rows = torch.linalg.vector_norm(A, dim=-2), torch.linalg.vector_norm(A_inv, dim=-1)
+    return 0.2 * torch.finfo(A.dtype).eps * torch.linalg.vector_norm(columns * rows, dim=-1)
+
+
+def cheapest_order(residual: float, target: float) -> int:
+    """The order of the next hyperpower step, of the sequence with the fewest products that gets below the target.
+
+    With the product for the residual, order 2 takes two products, order 3 takes three. Order 7 takes six, for which
+    two steps of order 3 gain a power of 9, so that it never is the cheapest.
+    """
+    return 2 if residual**2 <= target or residual**4 <= target < residual**3 else 3
 
 
 def hyperpower(A_inv: Tensor, R: Tensor, order: int) -> Tensor:

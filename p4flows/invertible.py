@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from p4flows._autograd import forward_map, inverse_map
 from p4flows._checks import Bounds, floating, integer
@@ -86,6 +86,23 @@ class P4Inv(TrackedInverse):
         self._register(initial_matrix(init, self.features, seed_tensor, floating(dtype)), seed_tensor, bias)
         if device is not None:
             self.to(device)
+
+    @torch.no_grad()
+    def to_linear(self, inverse: bool = False) -> nn.Linear:
+        """The finished layer's map, or its inverse, as a plain ``nn.Linear`` without gradients, for serving.
+
+        Its log|det| is the constant :attr:`logabsdet`. For the inverse, the effective matrix is inverted in float64.
+        """
+        M = self.matrix_double
+        shift = 0 if self.bias is None else self.bias.double()
+        if inverse:
+            M = torch.linalg.inv(M)
+            shift = -(M @ shift) if self.bias is not None else 0
+        linear = nn.Linear(self.features, self.features, self.bias is not None, self.A.device, self.A.dtype)
+        linear.weight.copy_(M)
+        if self.bias is not None:
+            linear.bias.copy_(shift)
+        return linear.requires_grad_(False).train(self.training)
 
     def extra_repr(self) -> str:
         return f"{self.features}, rank={self.rank}, bias={self.bias is not None}"

@@ -9,7 +9,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MergeOutcome", "P4Layer"]
+__all__ = ["Correction", "MergeOutcome", "P4Layer"]
 
 
 class MergeOutcome(IntEnum):
@@ -25,6 +25,19 @@ class MergeOutcome(IntEnum):
     MERGED = 1
     FORCED = 2
     RESET = 3
+
+
+class Correction(IntEnum):
+    """What a correction did.
+
+    NONE: nothing; none was needed.
+    ITERATED: a few steps of hyperpower iteration.
+    INVERTED: an inversion from nothing, since the inverse was too far off for an iteration to converge.
+    """
+
+    NONE = 0
+    ITERATED = 1
+    INVERTED = 2
 
 
 class P4Layer(nn.Module, ABC):
@@ -61,8 +74,11 @@ class P4Layer(nn.Module, ABC):
         """Drop the perturbation without merging it: the function goes back to that of the frozen parameters."""
 
     @abstractmethod
-    def correct(self) -> None:
-        """Repair what rounding did to the frozen parameters' derived quantities."""
+    def correct(self) -> Tensor:
+        """Repair what rounding did to the frozen parameters' derived quantities.
+
+        Returns the value of a :class:`Correction`, an int64 tensor, 0-d or one for each of many matrices.
+        """
 
     @abstractmethod
     def penalty(self) -> Tensor:
@@ -84,7 +100,6 @@ class P4Layer(nn.Module, ABC):
         return torch.stack([layer.merge(force) for layer in layers])
 
     @classmethod
-    def correct_all(cls, layers: Sequence[P4Layer]) -> None:
-        """Correct layers of equal ``group_key``."""
-        for layer in layers:
-            layer.correct()
+    def correct_all(cls, layers: Sequence[P4Layer], where_needed: bool = False) -> Tensor:
+        """Correct layers of equal ``group_key``, or only those that a cheap test finds in need; (len(layers), ...)."""
+        return torch.stack([layer.correct() for layer in layers])

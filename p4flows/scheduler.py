@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from p4flows._checks import integer
 from p4flows.optimizer_state import StateReset
-from p4flows.perturbation import MergeOutcome, P4Layer
+from p4flows.perturbation import Correction, MergeOutcome, P4Layer
 
 __all__ = ["MergeScheduler", "attach_on_first_step"]
 
@@ -59,7 +59,9 @@ class MergeScheduler:
         every: N, the number of :meth:`step` calls between merges.
         force_every: every so many merges the bounds are ignored, so that the determinant can cross zero
             (Appendix B). None for never.
-        correct_every: every so many merges the inverses are corrected, see :meth:`P4Inv.correct`. None for never.
+        correct_every: every so many merges all inverses are corrected, as the paper does (50), see
+            :meth:`P4Inv.correct`. None for only where it is needed: after every round of merges an O(n²) estimate of
+            the residual says where that is, and there they are corrected at once, whatever this is set to.
         reset: whose optimizer state (moments, step counts) goes back to its initial value when a layer has merged:
             "v", that of the redrawn V, as the authors' code does; "all", that of U too, as the paper's text has
             it; "none". After a perturbation that was not finite, everything of U and V goes back.
@@ -96,7 +98,7 @@ class MergeScheduler:
         optimizer: torch.optim.Optimizer,
         every: int = 10,
         force_every: int | None = 10,
-        correct_every: int | None = 50,
+        correct_every: int | None = None,
         reset: str = "v",
         add_penalty: bool = False,
     ) -> None:
@@ -141,9 +143,9 @@ class MergeScheduler:
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         if add_penalty:
             optimizer.register_step_pre_hook(self._before_step)
-        self._corrections = 0
         # Outcomes are counted on the device and read only on demand.
         self._outcomes: dict[torch.device, Tensor] = {}
+        self._corrections = torch.zeros(len(Correction), dtype=torch.int64)
 
     @property
     def layers(self) -> list[P4Layer]:
@@ -152,7 +154,10 @@ class MergeScheduler:
 
     @property
     def counters(self) -> dict[str, int]:
-        """Merges over all layers so far: merged, forced, skipped, resets (not finite); and corrections."""
+        """Merges over all layers so far: merged, forced, skipped, resets (not finite); and corrections of inverses.
+
+        ``corrections`` counts all of them, ``inversions`` those where only an inversion from nothing would do.
+        """
         totals = sum((c.cpu() for c in self._outcomes.values()), torch.zeros(4, dtype=torch.int64)).tolist()
         names = {
             MergeOutcome.MERGED: "merged",
@@ -160,7 +165,9 @@ class MergeScheduler:
             MergeOutcome.SKIPPED: "skipped",
             MergeOutcome.RESET: "resets",
         }
-        return {name: totals[outcome] for outcome, name in names.items()} | {"corrections": self._corrections}
+        _, iterated, inverted = self._corrections.tolist()
+        corrections = {"corrections": iterated + inverted, "inversions": inverted}
+        return {name: totals[outcome] for outcome, name in names.items()} | corrections
 
     def step(self) -> None:
         """Count one optimizer step; merge at every N-th. Call it after ``optimizer.step()``."""
@@ -177,9 +184,9 @@ class MergeScheduler:
             outcomes = type(group[0]).merge_all(group, force)
             self._count(outcomes)
             self._reset_optimizer(resets, outcomes)
-            if correct:
-                type(group[0]).correct_all(group)
-                self._corrections += outcomes.numel()
+            if correct or outcomes.device.type != "cpu" or outcomes.any():  # elsewhere, asking would mean waiting
+                done = type(group[0]).correct_all(group, where_needed=not correct)
+                self._corrections += torch.bincount(done.flatten().cpu(), minlength=len(Correction))
 
     def penalty(self) -> Tensor:
         """Sum of the layers' penalties (Appendix A), a differentiable scalar to add to the loss."""
@@ -210,7 +217,8 @@ class MergeScheduler:
             raise ValueError("state: expected the state_dict of a MergeScheduler, version 1")
         counters = state["counters"]
         self.steps, self.rounds = state["steps"], state["rounds"]
-        self._corrections = counters["corrections"]
+        inverted = counters.get("inversions", 0)  # of version 1, which did not count them
+        self._corrections = torch.tensor([0, counters["corrections"] - inverted, inverted])
         outcomes = [counters[name] for name in ("skipped", "merged", "forced", "resets")]
         self._outcomes = {torch.device("cpu"): torch.tensor(outcomes, dtype=torch.int64)}
 

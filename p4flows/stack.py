@@ -19,7 +19,7 @@ from p4flows.tracked import TrackedInverse
 
 __all__ = ["P4InvStack"]
 
-_TENSORS = ("A", "A_inv", "sign_A", "logabsdet_A", "seed", "merges", "U", "V", "bias")
+_TENSORS = ("A", "A_inv", "A_double", "A_inv_double", "sign_A", "logabsdet_A", "seed", "merges", "U", "V", "bias")
 _OPTIONS = ("bounds_update", "bounds_det", "bounds_penalty", "penalty_weight")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from p4flows import algebra
 from p4flows._checks import Bounds, bounds, integer
 from p4flows._random import normal
 from p4flows.initial import InitialMatrix
-from p4flows.merging import Group, correct_, merge_, redraw_
+from p4flows.merging import Group, correct_, drifted, merge_, redraw_
 from p4flows.perturbation import P4Layer
 
 __all__ = ["TrackedInverse"]
@@ -24,17 +24,20 @@ Self = TypeVar("Self", bound="TrackedInverse")
 class TrackedInverse(P4Layer):
     """One matrix ``A + U Vᵀ`` (n, n), or many under leading dimensions (*batch, n, n), trained by Algorithm 2.
 
-    Attributes, one or *batch of each: parameters U, V (n, k); buffers A, A_inv (n, n); logabsdet_A, sign_A (), float64
+    Attributes, one or *batch of each: parameters U, V (n, k); buffers A, A_inv (n, n); A_double, A_inv_double (n, n),
+    what these are rounded from, or None where the layer is in float64 itself; logabsdet_A, sign_A (), float64
     whatever the layer's dtype; seed, merges (), int64. A subclass creates them, and says what the map is.
     """
 
-    _version = 1  # of the state dict; see nn.Module._load_from_state_dict
+    _version = 2  # of the state dict; version 1 had no A_double and A_inv_double
 
     U: nn.Parameter
     V: nn.Parameter
     bias: nn.Parameter | None
     A: Tensor
     A_inv: Tensor
+    A_double: Tensor | None
+    A_inv_double: Tensor | None
     sign_A: Tensor
     logabsdet_A: Tensor
     seed: Tensor
@@ -61,8 +64,9 @@ class TrackedInverse(P4Layer):
 
     def _register(self, start: InitialMatrix, seed: Tensor, bias: bool) -> None:
         """Create all tensors: the frozen ones from ``start``, the perturbation zero with the first V of ``seed``."""
-        self.register_buffer("A", start.A)
-        self.register_buffer("A_inv", start.A_inv)
+        for name, value in (("A", start.A), ("A_inv", start.A_inv)):
+            self.register_buffer(name, value)
+            self.register_buffer(f"{name}_double", value.double() if value.dtype != torch.float64 else None)
         self.register_buffer("sign_A", start.sign)
         self.register_buffer("logabsdet_A", start.logabsdet)
         self.register_buffer("seed", seed)
@@ -73,19 +77,61 @@ class TrackedInverse(P4Layer):
         self.register_parameter("bias", nn.Parameter(torch.zeros_like(start.A[..., 0])) if bias else None)
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # .float(), .half() and .to(dtype) must not round the tracked log-determinant.
-        kept = {name: getattr(self, name) for name in ("sign_A", "logabsdet_A")}
+        # .float(), .half() and .to(dtype) must round neither the log-determinant nor what A and A_inv are rounded from.
+        dtype = self.A.dtype
+        names = ("A", "A_inv") if dtype == torch.float64 else ("A_double", "A_inv_double")
+        exact = {name: getattr(self, name) for name in (*names, "sign_A", "logabsdet_A")}
         super()._apply(fn, recurse)
-        for name, value in kept.items():
-            moved = getattr(self, name)
-            if moved.dtype != value.dtype:
-                setattr(self, name, value.to(moved.device))
+        for name in ("sign_A", "logabsdet_A") if self.A.dtype != dtype else exact:
+            if getattr(self, name).dtype != exact[name].dtype:
+                setattr(self, name, exact[name].to(self.A.device))
+        if self.A.dtype != dtype:
+            for name, old in zip(("A", "A_inv"), names, strict=True):
+                double = exact[old].to(self.A.device)
+                setattr(self, name, double.to(self.A.dtype))
+                setattr(self, f"{name}_double", None if self.A.dtype == torch.float64 else double)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments: Any) -> None:
+        for name in ("A", "A_inv"):
+            stored, exact = state_dict.get(prefix + name), state_dict.pop(f"{prefix}{name}_double", None)
+            exact = stored if exact is None else exact
+            if exact is not None:
+                # Of a layer in float64 or of version 1 there is one matrix; into a layer in float64 goes the exact one.
+                both = getattr(self, f"{name}_double") is not None
+                state_dict |= {f"{prefix}{name}_double": exact.double()} if both else {prefix + name: exact}
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @property
     def matrix(self) -> Tensor:
         """The effective matrix ``A + U Vᵀ``, (*batch, n, n), differentiable. For tests, plots and export."""
         return self.A + self.U @ self.V.mT
+
+    @property
+    def matrix_double(self) -> Tensor:
+        """The effective matrix in float64, (*batch, n, n), from what A is rounded from; not differentiable."""
+        A = self.A if self.A_double is None else self.A_double
+        return A + self.U.detach().double() @ self.V.detach().mT.double()
+
+    @torch.no_grad()
+    def set_matrix(self, M: Tensor) -> None:
+        """Make M (*batch, n, n) the effective matrix: A = M, U = 0. Inverted in float64, O(n³).
+
+        Raises ValueError, and changes nothing, if M has another shape, is not finite or is singular.
+        """
+        if not isinstance(M, Tensor) or M.shape != self.A.shape or M.is_complex():
+            raise ValueError(f"M: expected a real tensor of shape {tuple(self.A.shape)}, got {getattr(M, 'shape', M)}")
+        M = M.to(self.A.device, torch.float64)
+        sign, logabsdet = torch.linalg.slogdet(M)
+        M_inv, info = torch.linalg.inv_ex(M)
+        rounded = M.to(self.A.dtype), M_inv.to(self.A.dtype)
+        if info.any() or not all(T.isfinite().all() for T in (*rounded, logabsdet)):
+            raise ValueError("M: expected invertible matrices whose entries and inverses are finite")
+        for state in Group([self]).states():
+            for target, value in (("A", M), ("A_inv", M_inv), ("sign_A", sign), ("logabsdet_A", logabsdet)):
+                getattr(state, target).copy_(value.view_as(getattr(state, target)))
+            state.U.zero_()
+            state.round_()
 
     @property
     def inverse_matrix(self) -> Tensor:
@@ -147,29 +193,40 @@ class TrackedInverse(P4Layer):
         first = layers[0]
         options = {"force": force, "bounds_update": first.bounds_update, "bounds_det": first.bounds_det}
         states = (layers if isinstance(layers, Group) else Group(layers)).states()
-        outcomes = [merge_(**state, **options) for state in states]
-        return (outcomes[0] if len(outcomes) == 1 else torch.cat(outcomes)).view(len(layers), *first.merges.shape)
+        return cls._joined([merge_(state, **options) for state in states], layers)
+
+    @staticmethod
+    def _joined(outcomes: list[Tensor], layers: Sequence[TrackedInverse]) -> Tensor:
+        outcome = outcomes[0] if len(outcomes) == 1 else torch.cat(outcomes)
+        return outcome.view(len(layers), *layers[0].merges.shape)
 
     def reset(self) -> None:
         """Drop the perturbation without merging it: U = 0, a new V; the function becomes that of A."""
         for state in Group([self]).states():
-            everywhere = torch.ones_like(state["merges"], dtype=torch.bool)
-            redraw_(state["U"], state["V"], state["seed"], state["merges"], everywhere)
+            everywhere = torch.ones_like(state.merges, dtype=torch.bool)
+            redraw_(state.U, state.V, state.seed, state.merges, everywhere)
 
-    def correct(self, order: int = 7) -> None:
-        """Correct A_inv by one hyperpower iteration, and recompute log|det A| and its sign by LU in float64.
+    def correct(self, order: int | None = None) -> Tensor:
+        """Correct A_inv by hyperpower iteration, and recompute log|det A| and its sign by LU, all in float64.
 
-        ``order`` is 2, 3 or 7, see :func:`p4flows.algebra.hyperpower`. Where the iteration cannot converge
-        (Frobenius norm of ``I - A A_inv`` of 1 or more) A is inverted in float64 instead. Whatever is not
-        finite is not stored. O(n³), called every few hundred or thousand steps; waits for the device once.
+        ``order`` is 2, 3 or 7 for one step of that order, see :func:`p4flows.algebra.hyperpower`; by default it takes
+        as many steps as get A_inv down to rounding with the fewest products. Where the iteration cannot converge
+        (Frobenius norm of ``I - A A_inv`` of 1 or more) A is inverted instead, which is logged. Whatever is not
+        finite is not stored. O(n³); waits for the device. Returns the :class:`Correction`, an int64 tensor (*batch).
         """
-        type(self).correct_all([self], order)
+        if order not in (None, 2, 3, 7):
+            raise ValueError(f"order: expected 2, 3, 7 or None, got {order!r}")
+        return self._joined([correct_(state, order=order) for state in Group([self]).states()], [self])[0]
 
     @classmethod
-    def correct_all(cls, layers: Sequence[TrackedInverse], order: int = 7) -> None:
-        """Correct layers of equal ``group_key``, narrow ones in one batched call."""
-        for state in (layers if isinstance(layers, Group) else Group(layers)).states():
-            correct_(state["A"], state["A_inv"], state["sign_A"], state["logabsdet_A"], order)
+    def correct_all(cls, layers: Sequence[TrackedInverse], where_needed: bool = False) -> Tensor:
+        """Correct layers of equal ``group_key``, narrow ones in one batched call; :class:`Correction` (n, *batch).
+
+        With ``where_needed`` only where an O(n²) estimate of the Frobenius norm of ``I - A A_inv``, from four random
+        vectors, is above ε of the layer's dtype (1e-10 for float64, or 1000 times what rounding leaves).
+        """
+        states = (layers if isinstance(layers, Group) else Group(layers)).states()
+        return cls._joined([correct_(state, drifted(state) if where_needed else None) for state in states], layers)
 
     def penalty(self) -> Tensor:
         r"""The penalty of Appendix A, summed over *batch, a differentiable scalar () in float64:

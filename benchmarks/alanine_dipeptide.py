@@ -1,0 +1,109 @@
+"""Figure 7: alanine dipeptide at the scale of Appendix H, with fixed swaps and with P4Inv in their place."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.boltzmann import PERTURBATION, TEMPERATURE, Samples, describe, load_data, measure
+from benchmarks.boltzmann_training import Stage, train
+from benchmarks.environment import RESULTS, save
+from benchmarks.mixing import put_between
+from benchmarks.realnvp import real_nvp
+
+__all__ = ["FULL", "QUICK", "Run", "add_arguments", "build", "run"]
+
+
+# Appendix H.
+_LIKELIHOOD = Stage(40_000, batch=256, lr=1e-3, every=100, reset="all")
+_ENERGY = Stage(2_000, batch=4_000, lr=1e-5, energy_weight=0.05, every=100, reset="all")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Data, architecture, and the two stages of training of one flow. The defaults are those of Appendix H."""
+
+    frames: int = 250_000
+    couplings: int = 50
+    mix: str = "reversed"
+    rank: int = 1
+    seed: int = 0
+    likelihood: Stage = _LIKELIHOOD
+    energy: Stage = _ENERGY
+    samples: int = 50_000
+    compiled: bool = True
+
+
+FULL = Run()
+QUICK = Run(
+    frames=1_500,
+    couplings=4,
+    likelihood=replace(FULL.likelihood, steps=60, batch=64, every=10),
+    energy=replace(FULL.energy, steps=3, batch=64, every=1),
+    samples=200,
+    compiled=False,
+)
+_MIXES = {"RealNVP": "reversed", "RealNVP + P4Inv": "P4Inv"}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--full", action="store_true", help="the settings of the paper: three hours on two cores")
+    size.add_argument("--quick", action="store_true", help="a minute, to see that everything runs")
+    parser.add_argument("--jobs", type=int, default=2, help="flows trained at a time, each on its share of the cores")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--checkpoints", type=Path, default=Path("out/alanine_dipeptide"), help="an interrupted run goes on from there"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of alanine_dipeptide.json and .png")
+
+
+def build(setting: Run, features: int = 60) -> torch.nn.Module:
+    """The flow before training."""
+    torch.manual_seed(setting.seed)
+    return put_between(real_nvp(features, setting.couplings), features, setting.mix, setting.rank, setting.seed)
+
+
+def run(args: Namespace) -> dict[str, Any]:
+    setting = replace(FULL if args.full else QUICK, seed=args.seed)
+    data = load_data(setting.frames)
+    training_data, md = data.samples(data.frames), data.samples(data.test_frames)
+    noise = torch.randn(data.test_frames.shape, generator=torch.Generator().manual_seed(args.seed))
+    perturbed = data.samples(data.test_frames + PERTURBATION * noise)
+    rows = {"MD": describe(training_data, md, data), "MD + 0.004 nm": describe(perturbed, md, data)}
+    samples = {"MD": training_data, "MD + 0.004 nm": perturbed}
+    settings = {name: replace(setting, mix=mix) for name, mix in _MIXES.items()}
+    for name, (stages, drawn) in train_all(settings, args.checkpoints, args.jobs).items():
+        rows[name], samples[name] = stages, drawn
+    results = {"settings": {**asdict(setting), "temperature": TEMPERATURE, "jobs": args.jobs}, "rows": rows}
+    print(save("alanine_dipeptide", results, args.out))
+    return results
+
+
+def train_all(settings: dict[str, Run], checkpoints: Path, jobs: int) -> dict[str, tuple[dict[str, Any], Samples]]:
+    """Train, some at a time; for each the results after either stage, and the samples after the last."""
+    threads = max(1, torch.get_num_threads() // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        running = {name: pool.submit(_train, name, setting, checkpoints) for name, setting in settings.items()}
+        return {name: future.result() for name, future in running.items()}
+
+
+def _train(name: str, setting: Run, checkpoints: Path) -> tuple[dict[str, Any], Samples]:
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    data = load_data(setting.frames)
+    md = data.samples(data.test_frames)
+    flow = build(setting, data.z.shape[1])
+    stages = {}
+    for stage in ("likelihood", "energy"):
+        plan = replace(getattr(setting, stage), seed=setting.seed)
+        checkpoint = checkpoints / f"{name} {setting.seed} {stage}.pt"
+        training = train(flow, data, plan, f"{name}, {stage}", checkpoint, setting.compiled)
+        measured, samples = measure(flow, data, md, setting.samples, setting.seed)
+        stages[stage] = measured | training
+    return stages, samples
