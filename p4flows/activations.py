@@ -80,6 +80,8 @@ class Inverse(nn.Module):
 
     def __init__(self, bijection: nn.Module) -> None:
         super().__init__()
+        if not bijective(bijection):
+            raise ValueError(f"bijection: expected a module with forward and inverse, got {bijection!r}")
         self.bijection = bijection
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,3 +91,8 @@ class Inverse(nn.Module):
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """The bijection's forward direction."""
         return self.bijection(y)
+
+
+def bijective(module: object) -> bool:
+    """Whether it is a module with both directions."""
+    return isinstance(module, nn.Module) and callable(getattr(module, "inverse", None))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -29,6 +31,11 @@ class AveragedModel(swa_utils.AveragedModel):
     >>> averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     >>> averaged.update_parameters(model)  # after each optimizer step
     """
+
+    def __init__(self, model: nn.Module, *arguments: Any, **options: Any) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        super().__init__(model, *arguments, **options)
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:

@@ -37,7 +37,10 @@ def initial_matrix(init: str | Tensor, n: int, seed: Tensor, dtype: torch.dtype)
             Q, R = torch.linalg.qr(normal(seed, torch.full_like(seed, -1), (n, n)))
             return _invert(Q * R.diagonal().sign(), dtype)
         raise ValueError(f'init: expected "identity", "reverse", "orthogonal", a permutation or a matrix, got {init!r}')
-    init = torch.as_tensor(init).detach().cpu()
+    try:
+        init = torch.as_tensor(init).detach().cpu()
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"init: expected a name, a permutation or a matrix, got {init!r}: {error}") from None
     if init.is_complex() or init.dtype == torch.bool:
         raise ValueError(f"init: expected an integer permutation or a real matrix, got dtype {init.dtype}")
     if init.ndim == 1 and not init.is_floating_point():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from p4flows._autograd import forward_map, inverse_map
-from p4flows._checks import Bounds, floating, integer
+from p4flows._checks import Bounds, floating, integer, move
 from p4flows.initial import initial_matrix
 from p4flows.tracked import TrackedInverse
 
@@ -84,8 +84,7 @@ class P4Inv(TrackedInverse):
         super().__init__(features, rank, bounds_update, bounds_det, bounds_penalty, penalty_weight)
         seed_tensor = torch.tensor(integer("seed", seed), dtype=torch.int64)
         self._register(initial_matrix(init, self.features, seed_tensor, floating(dtype)), seed_tensor, bias)
-        if device is not None:
-            self.to(device)
+        move(self, device)
 
     @torch.no_grad()
     def to_linear(self, inverse: bool = False) -> nn.Linear:

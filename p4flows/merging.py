@@ -37,8 +37,9 @@ _PROBES = 4
 # Frobenius norm of I - A A_inv beyond which A_inv is corrected: ε of the layers' dtype, well below what their rounding
 # leaves. In float64 itself there is no such room, and ill-conditioned matrices are given 1000 times the rounding floor.
 _TOLERANCE = {torch.float64: 1e-10}
-# What rounding A may change ln|det A| by, in units of ε: 3e-5 in float32.
-_TOLERANCE_LOGABSDET = 250
+# In units of ε: the change of ln|det A| by rounding A beyond which it is taken into account (3e-5 in float32), and the
+# change δ of A, as |A⁻¹ δ|, beyond which its first order will not do and A_inv and ln|det A| are computed anew.
+_ROUNDING_NOTICED, _ROUNDING_LARGE = 250, 80_000
 
 
 class Matrices(NamedTuple):
@@ -52,6 +53,7 @@ class Matrices(NamedTuple):
     V: Tensor
     seed: Tensor
     merges: Tensor
+    rounding: Tensor
     rounded: tuple[Tensor, Tensor] | None
 
     def round_(self) -> None:
@@ -61,7 +63,7 @@ class Matrices(NamedTuple):
             self.rounded[1].copy_(self.A_inv)
 
 
-_BUFFERS = ("A", "A_inv", "A_double", "A_inv_double", "sign_A", "logabsdet_A", "seed", "merges")
+_BUFFERS = ("A", "A_inv", "A_double", "A_inv_double", "sign_A", "logabsdet_A", "rounding", "seed", "merges")
 _PARAMETERS = ("U", "V")
 _SAVED = ("A", "A_inv", "logabsdet_A", "U", "V")  # by autograd, which must notice changes
 
@@ -104,7 +106,7 @@ def _matrices(tensors: dict[str, Tensor]) -> Matrices:
 @torch.no_grad()
 def merge_(state: Matrices, *, force: bool, bounds_update: Bounds, bounds_det: Bounds) -> Tensor:
     """Merge each perturbation by Algorithm 2, or skip or reset it; the outcomes (L,), see :meth:`P4Inv.merge`."""
-    A, A_inv, sign_A, logabsdet_A, U, V, seed, merges, _ = state
+    A, A_inv, sign_A, logabsdet_A, U, V, seed, merges, *_ = state
     largest = _largest(U), _largest(V)
     finite = largest[0].isfinite() & largest[1].isfinite()
     U_new, V_new = (torch.where(finite[:, None, None], M, 0).double() for M in (U, V))
@@ -152,16 +154,27 @@ def _probes(n: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def drifted(state: Matrices) -> Tensor:
-    """Whether A_inv or log|det| is in need of correction, by O(n²) estimates, (L,)."""
-    A, A_inv, *_, U, _, _, _, rounded = state
-    n = A.shape[-1]
+    """Whether A_inv is in need of correction, by O(n²) estimates, (L,).
+
+    On the way, ln|det A| is made that of the rounded A where the difference is worth it. To first order,
+    ``ln|det(A + δ)| - ln|det A| = tr(A⁻¹ δ)``, n² terms of random sign, where δ are rounding errors of 0.2 ε A.
+    """
+    A, A_inv, *_, rounding, rounded = state
+    n, dtype = A.shape[-1], state.U.dtype
     residual, inverse_norm = algebra.residual_estimate(A, A_inv, _probes(n, A.device).expand(len(A), -1, -1))
-    large = ~(residual <= _TOLERANCE.get(U.dtype, torch.finfo(U.dtype).eps))
+    large = ~(residual <= _TOLERANCE.get(dtype, torch.finfo(dtype).eps))
     if large.any():
         large &= ~(residual <= 1000 * algebra.rounding_floor(A, A_inv))
     if rounded is not None:
-        # ln|det(A + δ)| - ln|det A| = tr(A⁻¹ δ): n² terms of random sign, where δ are rounding errors of 0.2 ε A.
-        large |= ~(0.2 * torch.linalg.matrix_norm(A) * inverse_norm / n < _TOLERANCE_LOGABSDET)
+        relative = 0.2 * torch.linalg.matrix_norm(A) * inverse_norm / n**0.5
+        large |= ~(relative < _ROUNDING_LARGE)
+        noticed = relative / n**0.5 > _ROUNDING_NOTICED
+        new = torch.zeros_like(rounding)
+        if noticed.any():
+            rows = slice(None) if noticed.all() else noticed
+            new[rows] = (A_inv[rows].mT * (rounded[0][rows].double() - A[rows])).sum((-2, -1))
+        state.logabsdet_A.add_(new - rounding)
+        rounding.copy_(new)
     return large
 
 
@@ -203,6 +216,7 @@ def correct_(state: Matrices, which: Tensor | None = None, order: int | None = N
     kept = logabsdet.isfinite()
     state.sign_A[rows] = torch.where(kept, sign, state.sign_A[rows])
     state.logabsdet_A[rows] = torch.where(kept, logabsdet, state.logabsdet_A[rows])
+    state.rounding[rows] = 0
     done[rows] = torch.where(inverted, int(Correction.INVERTED), int(Correction.ITERATED))
     if count := int(inverted.sum()):
         _log.warning("inverted %d of %d matrices anew, as their inverses were beyond correction", count, len(done))

@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     raise ImportError("p4flows.nflows needs nflows: pip install 'p4flows[nflows]'") from error
 
-from p4flows._checks import integer
+from p4flows._checks import flag, integer
 from p4flows.activations import BentIdentity as _BentIdentity
 from p4flows.invertible import P4Inv
 
@@ -105,7 +105,10 @@ def replace_permutations(
     >>> replace_permutations(transform)
     2
     """
-    rank = integer("rank", rank, 1)
+    rank, seed = integer("rank", rank, 1), integer("seed", seed)
+    flag("linear", linear)
+    if example is not None and not isinstance(example, Tensor):
+        raise ValueError(f"example: expected a batch of inputs, got {type(example).__name__}")
     if not isinstance(flow_or_transform, nn.Module):
         raise ValueError(f"flow_or_transform: expected an nflows Flow or Transform, got {flow_or_transform!r}")
     kinds = (Permutation, *((LULinear, QRLinear, SVDLinear, NaiveLinear) if linear else ()))
@@ -165,6 +168,8 @@ def _modules_on_rows(root: nn.Module, kinds: tuple[type, ...], example: Tensor) 
     try:
         with torch.no_grad():
             (root.transform_to_noise if hasattr(root, "transform_to_noise") else root)(example)
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"example: expected a batch of inputs that the flow accepts; it says: {error}") from error
     finally:
         for module in candidates:
             del module.forward, module.inverse

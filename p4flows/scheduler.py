@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from p4flows._checks import integer
+from p4flows._checks import choice, flag, integer
 from p4flows.optimizer_state import StateReset
 from p4flows.perturbation import Correction, MergeOutcome, P4Layer
 
@@ -34,10 +34,13 @@ def attach_on_first_step(model: nn.Module, **options: Any) -> Callable[[], Merge
     >>> scheduler().counters["merged"]
     1
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     found: list[MergeScheduler] = []
     wanted = {id(p) for layer in model.modules() if isinstance(layer, P4Layer) for p in layer.zeroed + layer.redrawn}
     if not wanted:
         raise ValueError("model: expected one with a P4 layer")
+    MergeScheduler(model, torch.optim.SGD(model.parameters()), **options)  # so that wrong options are an error here
 
     def first_step(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
         if any(id(p) in wanted for group in optimizer.param_groups for p in group["params"]):
@@ -105,9 +108,7 @@ class MergeScheduler:
         self.every = integer("every", every, 1)
         self.force_every = None if force_every is None else integer("force_every", force_every, 1)
         self.correct_every = None if correct_every is None else integer("correct_every", correct_every, 1)
-        if reset not in ("all", "v", "none"):
-            raise ValueError(f'reset: expected "all", "v" or "none", got {reset!r}')
-        self.reset = reset
+        self.reset = choice("reset", reset, ("all", "v", "none"))
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -141,7 +142,7 @@ class MergeScheduler:
         self.steps = 0
         self.rounds = 0
         self._hook: torch.utils.hooks.RemovableHandle | None = None
-        if add_penalty:
+        if flag("add_penalty", add_penalty):
             optimizer.register_step_pre_hook(self._before_step)
         # Outcomes are counted on the device and read only on demand.
         self._outcomes: dict[torch.device, Tensor] = {}

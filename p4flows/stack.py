@@ -10,16 +10,29 @@ from torch import Tensor, nn
 
 from p4flows import algebra
 from p4flows._chain import Step, bijection, chain
-from p4flows._checks import Bounds, floating, integer
+from p4flows._checks import Bounds, floating, integer, items, move
 from p4flows._random import derive
-from p4flows.activations import BentIdentity, Inverse
+from p4flows.activations import BentIdentity, Inverse, bijective
 from p4flows.initial import InitialMatrix, initial_matrix
 from p4flows.invertible import P4Inv
 from p4flows.tracked import TrackedInverse
 
 __all__ = ["P4InvStack"]
 
-_TENSORS = ("A", "A_inv", "A_double", "A_inv_double", "sign_A", "logabsdet_A", "seed", "merges", "U", "V", "bias")
+_TENSORS = (
+    "A",
+    "A_inv",
+    "A_double",
+    "A_inv_double",
+    "sign_A",
+    "logabsdet_A",
+    "rounding",
+    "seed",
+    "merges",
+    "U",
+    "V",
+    "bias",
+)
 _OPTIONS = ("bounds_update", "bounds_det", "bounds_penalty", "penalty_weight")
 
 
@@ -100,13 +113,11 @@ class P4InvStack(TrackedInverse):
             starts = [initial_matrix(init, self.features, seeds, dtype)] * seeds.numel()
         fields = (torch.stack(tensors).unflatten(0, seeds.shape) for tensors in zip(*starts, strict=True))
         self._register(InitialMatrix(*fields), seeds, bias)
-        self.activations = nn.ModuleList(
-            (BentIdentity(), Inverse(BentIdentity())) if activations is None else activations
-        )
-        if not self.activations or not all(callable(getattr(f, "inverse", None)) for f in self.activations):
-            raise ValueError(f"activations: expected modules with forward and inverse, got {activations!r}")
-        if device is not None:
-            self.to(device)
+        if activations is None:
+            activations = BentIdentity(), Inverse(BentIdentity())
+        activations = items("activations", activations, "modules with forward and inverse", bijective)
+        self.activations = nn.ModuleList(activations)
+        move(self, device)
 
     @classmethod
     def from_layers(cls, layers: Iterable[P4Inv], activations: Sequence[nn.Module] | None = None) -> P4InvStack:
@@ -114,9 +125,7 @@ class P4InvStack(TrackedInverse):
 
         Raises ValueError for layers that differ in width, rank, bias, dtype, device, bounds or penalty weight.
         """
-        layers = list(layers)
-        if not layers or not all(isinstance(layer, P4Inv) for layer in layers):
-            raise ValueError("layers: expected P4Inv layers")
+        layers = items("layers", layers, "P4Inv layers", lambda layer: isinstance(layer, P4Inv))
         kinds = {(l.U.shape, l.U.dtype, l.U.device, l.bias is None, *(getattr(l, o) for o in _OPTIONS)) for l in layers}
         if len(kinds) > 1:
             raise ValueError("layers: expected equal width, rank, bias, dtype, device, bounds and penalty weight")

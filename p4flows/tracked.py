@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from p4flows import algebra
-from p4flows._checks import Bounds, bounds, integer
+from p4flows._checks import Bounds, bounds, flag, integer, number
 from p4flows._random import normal
 from p4flows.initial import InitialMatrix
 from p4flows.merging import Group, correct_, drifted, merge_, redraw_
@@ -26,7 +26,8 @@ class TrackedInverse(P4Layer):
 
     Attributes, one or *batch of each: parameters U, V (n, k); buffers A, A_inv (n, n); A_double, A_inv_double (n, n),
     what these are rounded from, or None where the layer is in float64 itself; logabsdet_A, sign_A (), float64
-    whatever the layer's dtype; seed, merges (), int64. A subclass creates them, and says what the map is.
+    whatever the layer's dtype, and rounding (), the part of logabsdet_A that is owed to the rounding of A; seed,
+    merges (), int64. A subclass creates them, and says what the map is.
     """
 
     _version = 2  # of the state dict; version 1 had no A_double and A_inv_double
@@ -40,6 +41,7 @@ class TrackedInverse(P4Layer):
     A_inv_double: Tensor | None
     sign_A: Tensor
     logabsdet_A: Tensor
+    rounding: Tensor
     seed: Tensor
     merges: Tensor
 
@@ -58,9 +60,7 @@ class TrackedInverse(P4Layer):
         self.bounds_update = bounds("bounds_update", bounds_update)
         self.bounds_det = bounds("bounds_det", bounds_det)
         self.bounds_penalty = bounds("bounds_penalty", bounds_penalty)
-        if not penalty_weight >= 0:
-            raise ValueError(f"penalty_weight: expected a number >= 0, got {penalty_weight!r}")
-        self.penalty_weight = float(penalty_weight)
+        self.penalty_weight = number("penalty_weight", penalty_weight, 0)
 
     def _register(self, start: InitialMatrix, seed: Tensor, bias: bool) -> None:
         """Create all tensors: the frozen ones from ``start``, the perturbation zero with the first V of ``seed``."""
@@ -69,23 +69,28 @@ class TrackedInverse(P4Layer):
             self.register_buffer(f"{name}_double", value.double() if value.dtype != torch.float64 else None)
         self.register_buffer("sign_A", start.sign)
         self.register_buffer("logabsdet_A", start.logabsdet)
+        self.register_buffer("rounding", torch.zeros_like(start.logabsdet))
         self.register_buffer("seed", seed)
         self.register_buffer("merges", torch.zeros_like(seed))
         V = normal(seed, self.merges, (self.features, self.rank)).to(start.A.dtype)
         self.U = nn.Parameter(torch.zeros_like(V))
         self.V = nn.Parameter(V)
-        self.register_parameter("bias", nn.Parameter(torch.zeros_like(start.A[..., 0])) if bias else None)
+        zero = torch.zeros_like(start.A[..., 0])
+        self.register_parameter("bias", nn.Parameter(zero) if flag("bias", bias) else None)
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # .float(), .half() and .to(dtype) must round neither the log-determinant nor what A and A_inv are rounded from.
         dtype = self.A.dtype
         names = ("A", "A_inv") if dtype == torch.float64 else ("A_double", "A_inv_double")
-        exact = {name: getattr(self, name) for name in (*names, "sign_A", "logabsdet_A")}
+        scalars = ("sign_A", "logabsdet_A", "rounding")
+        exact = {name: getattr(self, name) for name in (*names, *scalars)}
         super()._apply(fn, recurse)
-        for name in ("sign_A", "logabsdet_A") if self.A.dtype != dtype else exact:
+        for name in scalars if self.A.dtype != dtype else exact:
             if getattr(self, name).dtype != exact[name].dtype:
                 setattr(self, name, exact[name].to(self.A.device))
         if self.A.dtype != dtype:
+            self.logabsdet_A = self.logabsdet_A - self.rounding  # that of other rounding errors from now on
+            self.rounding = torch.zeros_like(self.rounding)
             for name, old in zip(("A", "A_inv"), names, strict=True):
                 double = exact[old].to(self.A.device)
                 setattr(self, name, double.to(self.A.dtype))
@@ -100,6 +105,10 @@ class TrackedInverse(P4Layer):
                 # Of a layer in float64 or of version 1 there is one matrix; into a layer in float64 goes the exact one.
                 both = getattr(self, f"{name}_double") is not None
                 state_dict |= {f"{prefix}{name}_double": exact.double()} if both else {prefix + name: exact}
+        logabsdet, rounding = (state_dict.get(prefix + key) for key in ("logabsdet_A", "rounding"))
+        if logabsdet is not None and (rounding is None or self.A_double is None):
+            exact = logabsdet if rounding is None else logabsdet - rounding
+            state_dict |= {prefix + "logabsdet_A": exact, prefix + "rounding": torch.zeros_like(exact)}
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @property
@@ -119,8 +128,8 @@ class TrackedInverse(P4Layer):
 
         Raises ValueError, and changes nothing, if M has another shape, is not finite or is singular.
         """
-        if not isinstance(M, Tensor) or M.shape != self.A.shape or M.is_complex():
-            raise ValueError(f"M: expected a real tensor of shape {tuple(self.A.shape)}, got {getattr(M, 'shape', M)}")
+        if not isinstance(M, Tensor) or M.shape != self.A.shape or M.is_complex() or M.is_meta:
+            raise ValueError(f"M: expected a real tensor of shape {tuple(self.A.shape)}, got {M!r}")
         M = M.to(self.A.device, torch.float64)
         sign, logabsdet = torch.linalg.slogdet(M)
         M_inv, info = torch.linalg.inv_ex(M)
@@ -131,6 +140,7 @@ class TrackedInverse(P4Layer):
             for target, value in (("A", M), ("A_inv", M_inv), ("sign_A", sign), ("logabsdet_A", logabsdet)):
                 getattr(state, target).copy_(value.view_as(getattr(state, target)))
             state.U.zero_()
+            state.rounding.zero_()
             state.round_()
 
     @property
@@ -154,6 +164,8 @@ class TrackedInverse(P4Layer):
     def _check(self, x: Tensor, leading: Sequence[int] = ()) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise ValueError(f"input: expected a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        if x.device != self.A.device:
+            raise ValueError(f"input: expected device {self.A.device} as the layer's, got {x.device}")
         lead = len(leading)
         if x.ndim <= lead or x.shape[-1] != self.features or x.shape[:lead] != torch.Size(leading):
             expected = ", ".join([*map(str, leading), "...", str(self.features)])
@@ -214,7 +226,7 @@ class TrackedInverse(P4Layer):
         (Frobenius norm of ``I - A A_inv`` of 1 or more) A is inverted instead, which is logged. Whatever is not
         finite is not stored. O(n³); waits for the device. Returns the :class:`Correction`, an int64 tensor (*batch).
         """
-        if order not in (None, 2, 3, 7):
+        if order is not None and (type(order) is not int or order not in (2, 3, 7)):
             raise ValueError(f"order: expected 2, 3, 7 or None, got {order!r}")
         return self._joined([correct_(state, order=order) for state in Group([self]).states()], [self])[0]
 

@@ -43,8 +43,7 @@ class MixedCoordinates(nn.Module):
 
     def __init__(self, z_matrix: np.ndarray | Tensor, rigid_block: np.ndarray | Tensor, data: Tensor) -> None:
         super().__init__()
-        z_matrix = torch.as_tensor(np.asarray(z_matrix), dtype=torch.int64)
-        rigid_block = torch.as_tensor(np.asarray(rigid_block), dtype=torch.int64)
+        z_matrix, rigid_block = _integers("z_matrix", z_matrix), _integers("rigid_block", rigid_block)
         if z_matrix.ndim != 2 or z_matrix.shape[1] != 4:
             raise ValueError(f"z_matrix: expected shape (rows, 4), got {tuple(z_matrix.shape)}")
         if rigid_block.ndim != 1 or len(rigid_block) < 3:
@@ -57,7 +56,7 @@ class MixedCoordinates(nn.Module):
         self.register_buffer("z_matrix", z_matrix)
         self.register_buffer("rigid_block", rigid_block)
 
-        x = self._points(data).reshape(-1, self.n_atoms, 3).double()
+        x = self._points(data, "data").reshape(-1, self.n_atoms, 3).double()
         if len(x) < 3 * self.n_atoms:
             raise ValueError(f"data: expected at least {3 * self.n_atoms} frames to take scales from, got {len(x)}")
         reference, basis, complement = _fit_block(x[:, rigid_block])
@@ -120,14 +119,14 @@ class MixedCoordinates(nn.Module):
         rotation = torch.linalg.det(swept @ self.complement).abs().log()
         return constant + placed + rotation + 1.5 * math.log(len(self.rigid_block))
 
-    def _points(self, x: Tensor) -> Tensor:
+    def _points(self, x: Tensor, name: str = "positions") -> Tensor:
         n = self.n_atoms
         if isinstance(x, Tensor) and x.is_floating_point():
             if x.shape[-2:] == (n, 3):
                 return x
             if x.shape[-1:] == (3 * n,):
                 return x.unflatten(-1, (n, 3))
-        raise ValueError(f"positions: expected floating-point (..., {n}, 3) or (..., {3 * n}), got {_describe(x)}")
+        raise ValueError(f"{name}: expected floating-point (..., {n}, 3) or (..., {3 * n}), got {_describe(x)}")
 
 
 def _fit_block(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,6 +181,16 @@ def _widest_gap(dihedrals: Tensor) -> Tensor:
 def _wrap(phi: Tensor, cut: Tensor) -> Tensor:
     """phi + 2π k in [cut, cut + 2π)."""
     return cut + torch.remainder(phi - cut, 2 * math.pi)
+
+
+def _integers(name: str, value: np.ndarray | Tensor) -> Tensor:
+    try:
+        array = np.asarray(value)
+        if array.dtype.kind not in "iu":
+            raise TypeError
+        return torch.from_numpy(array.astype(np.int64))
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}: expected integers, got {value!r}") from None
 
 
 def _describe(x: object) -> str:

@@ -10,7 +10,7 @@ import openmm
 import torch
 from torch import Tensor
 
-from p4flows._checks import integer
+from p4flows._checks import choice, integer, number
 from p4flows.molecules.evaluation import Evaluator, WorkerPool
 
 __all__ = ["OpenMMEnergy", "regularize_energy"]
@@ -56,20 +56,16 @@ class OpenMMEnergy:
     ) -> None:
         if not isinstance(system, openmm.System):
             raise ValueError(f"system: expected an openmm.System, got {type(system).__name__}")
-        if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
-            raise ValueError(f"temperature: expected a number of kelvin > 0, got {temperature!r}")
         names = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
-        if platform not in names:
-            raise ValueError(f"platform: expected one of {names}, got {platform!r}")
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout: expected seconds > 0 or None, got {timeout!r}")
-        if (e_high is None) != (e_max is None) or (e_high is not None and not e_high < e_max):
-            raise ValueError(f"e_high and e_max: expected e_high < e_max, or neither, got {e_high!r} and {e_max!r}")
+        if (e_high is None) != (e_max is None):
+            raise ValueError(f"e_high and e_max: expected both or neither, got {e_high!r} and {e_max!r}")
+        if e_high is not None:
+            e_high, e_max = _cut(e_high, e_max)
         self.n_atoms = system.getNumParticles()
-        self.temperature = float(temperature)
-        self.platform = platform
+        self.temperature = number("temperature", temperature, 0, strict=True)
+        self.platform = choice("platform", platform, names)
         self.workers = integer("workers", workers, 0)
-        self.timeout = timeout
+        self.timeout = None if timeout is None else number("timeout", timeout, 0, strict=True)
         self.e_high, self.e_max = e_high, e_max
         self.invalid = 0
         self._system_xml = openmm.XmlSerializer.serialize(system)
@@ -169,5 +165,15 @@ def regularize_energy(u: Tensor, e_high: float, e_max: float) -> Tensor:
     Continuous with a continuous derivative at ``e_high``; the gradient above ``e_max`` is zero. Keeps the atoms that
     overlap in an untrained generator's samples from dominating the loss (Noé, Olsson, Köhler, Wu 2019).
     """
+    if not isinstance(u, Tensor) or not u.is_floating_point():
+        raise ValueError(f"u: expected a floating-point tensor, got {getattr(u, 'dtype', type(u).__name__)}")
+    e_high, e_max = _cut(e_high, e_max)
     excess = (u.clamp(max=e_max) - e_high).clamp(min=0)
     return torch.where(u > e_high, e_high + torch.log1p(excess), u)
+
+
+def _cut(e_high: float, e_max: float) -> tuple[float, float]:
+    low, high = number("e_high", e_high), number("e_max", e_max)
+    if not low < high:
+        raise ValueError(f"e_high and e_max: expected e_high < e_max, got {e_high!r} and {e_max!r}")
+    return low, high

@@ -14,7 +14,7 @@ import openmm
 from openmm import unit
 from tqdm import tqdm
 
-from p4flows._checks import integer
+from p4flows._checks import flag, integer, number
 from p4flows.molecules.alanine import Molecule
 from p4flows.molecules.evaluation import spawn
 
@@ -63,19 +63,21 @@ def simulate(
         raise ValueError(f"system: expected an openmm.System or a Molecule, got {type(system).__name__}")
     if positions is None:
         raise ValueError("positions: expected (n_atoms, 3) in nm, since a System has none")
-    if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
-        raise ValueError(f"temperature: expected a number of kelvin > 0, got {temperature!r}")
+    temperature = number("temperature", temperature, 0, strict=True)
     frames, stride = integer("frames", frames, 1), integer("stride", stride, 1)
     seed, workers = integer("seed", seed, 0), min(integer("workers", workers, 1), frames)
     equilibration = integer("equilibration", equilibration, 0)
-    positions = np.asarray(positions, dtype=np.float64)
+    try:
+        positions = np.asarray(positions).astype(np.float64, casting="same_kind")
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"positions: expected numbers (n_atoms, 3) in nm, got {positions!r}") from None
     if positions.shape != (system.getNumParticles(), 3) or not np.isfinite(positions).all():
         raise ValueError(f"positions: expected finite ({system.getNumParticles()}, 3), got shape {positions.shape}")
 
     settings = {
         "system": openmm.XmlSerializer.serialize(system),
         "positions": positions.tolist(),
-        "temperature": float(temperature),
+        "temperature": temperature,
         "stride": stride,
         "seed": seed,
         "equilibration": equilibration,
@@ -90,7 +92,10 @@ def simulate(
         counts = [len(part) for part in np.array_split(np.arange(frames), workers)]
         jobs = [spawn(_run, settings, i, count, str(folder)) for i, count in enumerate(counts)]
         try:
-            _follow(jobs, tqdm(total=frames, desc=f"MD {temperature:g} K", unit="frame", disable=not progress))
+            _follow(
+                jobs,
+                tqdm(total=frames, desc=f"MD {temperature:g} K", unit="frame", disable=not flag("progress", progress)),
+            )
         finally:
             for process, connection in jobs:
                 connection.close()

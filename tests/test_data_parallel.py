@@ -1,0 +1,29 @@
+"""Data-parallel training: two processes stay equal, bit for bit."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch.distributed
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*command, "notebooks/data_parallel.py", *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
+@pytest.mark.parametrize(
+    "arguments", [[], ["--no-broadcast-buffers"], ["--no-broadcast-buffers", "--diverge-at", "300"]]
+)
+def test_two_processes_stay_equal_over_a_thousand_merges(arguments):
+    output = run("--merges", "1000", *arguments)
+    merges = [int(n) for n in re.findall(r"'(?:merged|forced)': (\d+)", output)]
+    assert sum(merges) > 1000  # of two layers
+    assert "0 entries differ" in output
+    assert "nan" not in output

@@ -1,0 +1,145 @@
+"""Wrong arguments of every public constructor and function: a ValueError or TypeError that names the argument."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import p4flows
+from p4flows import BentIdentity, Inverse, MergeScheduler, P4Inv, P4InvStack
+
+JUNK = [
+    *(
+        None,
+        True,
+        -1,
+        0,
+        1.5,
+        math.nan,
+        math.inf,
+        10**30,
+        "",
+        "nonsense",
+        b"x",
+        (),
+        [],
+        {},
+        (1, 2, 3),
+        (2, 1),
+        object(),
+    ),
+    *(int, nn.Linear(2, 2), torch.float32, torch.int64, torch.complex64, torch.device("meta"), np.float64(0.5)),
+    *(torch.zeros(()), torch.zeros(2, 2), torch.ones(3, 3) * 1j, torch.full((3, 3), torch.nan), torch.eye(3).bool()),
+    *(torch.tensor([0, 0, 1]), torch.tensor([1, 2, 3]), torch.empty(0), torch.eye(3, device="meta"), np.zeros((3, 3))),
+]
+
+
+def layer_and_optimizer():
+    layer = P4Inv(3)
+    return layer, torch.optim.SGD(layer.parameters(), lr=0.1)
+
+
+def scheduler(**arguments):
+    layer, optimizer = layer_and_optimizer()
+    return MergeScheduler(**{"model": layer, "optimizer": optimizer} | arguments)
+
+
+LAYER = {
+    **{"features": 3, "rank": 1, "bias": True, "init": "reverse", "seed": 0, "bounds_update": (-6.0, None)},
+    **{"bounds_det": (-2.5, 15.5), "bounds_penalty": (None, 15.0), "penalty_weight": 0.1, "device": "cpu"},
+    "dtype": torch.float32,
+}
+CALLS = {
+    "P4Inv": (P4Inv, LAYER),
+    "P4InvStack": (P4InvStack, {**LAYER, "depth": 3, "models": 2, "activations": [BentIdentity()]}),
+    "from_layers": (P4InvStack.from_layers, {"layers": [P4Inv(3), P4Inv(3)], "activations": [BentIdentity()]}),
+    "Inverse": (Inverse, {"bijection": BentIdentity()}),
+    "MergeScheduler": (
+        scheduler,
+        {
+            **dict(zip(("model", "optimizer"), layer_and_optimizer(), strict=True)),
+            **{"every": 10, "force_every": 10, "correct_every": 50, "reset": "all", "add_penalty": False},
+        },
+    ),
+    "attach_on_first_step": (p4flows.attach_on_first_step, {"model": P4Inv(3), "every": 10, "reset": "v"}),
+    "AveragedModel": (p4flows.AveragedModel, {"model": P4Inv(3)}),
+    "forward": (lambda input: P4Inv(3)(input), {"input": torch.ones(2, 3)}),
+    "inverse": (lambda input: P4Inv(3).inverse(input), {"input": torch.ones(2, 3)}),
+    "stack": (lambda input: P4InvStack(3, 2)(input), {"input": torch.ones(2, 3)}),
+    "correct": (P4Inv(3).correct, {"order": 7}),
+    "set_matrix": (P4Inv(3).set_matrix, {"M": torch.eye(3)}),
+}
+try:
+    from p4flows.molecules import (
+        MixedCoordinates,
+        OpenMMEnergy,
+        alanine_dipeptide,
+        regularize_energy,
+        simulate,
+    )
+except ImportError:
+    pass
+else:
+    MOLECULE = alanine_dipeptide()
+    FRAMES = torch.tensor(MOLECULE.positions) + 0.01 * torch.randn(
+        80, 22, 3, generator=torch.Generator().manual_seed(0)
+    )
+    ENERGY = OpenMMEnergy(MOLECULE.system, 600.0)
+    CALLS |= {
+        "OpenMMEnergy": (
+            OpenMMEnergy,
+            {
+                **{"system": MOLECULE.system, "temperature": 600.0, "platform": "Reference", "workers": 0},
+                **{"timeout": 10.0, "e_high": 10.0, "e_max": 1e6},
+            },
+        ),
+        "energy": (ENERGY, {"positions": FRAMES[:2]}),
+        "regularize_energy": (regularize_energy, {"u": torch.ones(2), "e_high": 10.0, "e_max": 1e6}),
+        "MixedCoordinates": (
+            MixedCoordinates,
+            {"z_matrix": MOLECULE.z_matrix, "rigid_block": MOLECULE.rigid_block, "data": FRAMES},
+        ),
+        "simulate": (
+            simulate,
+            {
+                **{"system": MOLECULE, "temperature": 600.0, "frames": 1, "stride": 1, "seed": 0, "workers": 1},
+                **{"positions": MOLECULE.positions, "equilibration": 0, "progress": False},
+            },
+        ),
+    }
+try:
+    from nflows.transforms import CompositeTransform, ReversePermutation
+
+    import p4flows.nflows
+except ImportError:
+    pass
+else:
+
+    def replace(**more):
+        return p4flows.nflows.replace_permutations(CompositeTransform([ReversePermutation(3)]), **more)
+
+    CALLS["replace_permutations"] = replace, {"rank": 1, "linear": True, "example": torch.ones(2, 3), "seed": 0}
+    CALLS["replace_permutations in"] = p4flows.nflows.replace_permutations, {"flow_or_transform": None}
+
+RUNS = [(name, argument) for name, (_, arguments) in CALLS.items() for argument in arguments]
+
+
+@pytest.mark.filterwarnings("ignore:MergeScheduler has nothing", "ignore:replace_permutations found nothing")
+@pytest.mark.parametrize(("name", "argument"), RUNS, ids=[f"{name}-{argument}" for name, argument in RUNS])
+def test_wrong_arguments(name, argument, tmp_path, monkeypatch):
+    monkeypatch.setenv("P4FLOWS_CACHE", str(tmp_path))
+    call, arguments = CALLS[name]
+    for value in JUNK:
+        given = {**arguments, argument: value}
+        if name == "simulate" and value is not None and type(value) in (int, bool) and value > 0:
+            continue  # a valid one, and a simulation
+        try:
+            result = call(**given)
+        except Exception as error:
+            if not isinstance(error, ValueError | TypeError) or argument not in str(error):
+                pytest.fail(f"{argument}={value!r} raised {type(error).__name__}: {error}")
+        else:
+            if isinstance(result, P4Inv | P4InvStack) and not result.A.is_meta:
+                assert all(T.isfinite().all() for T in result.state_dict().values()), repr(value)
