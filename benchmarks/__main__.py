@@ -9,6 +9,7 @@ COMMANDS = {
     "demo": "alanine dipeptide with fixed and with learned swaps; what `make demo` runs",
     "alanine_dipeptide": "the Boltzmann generators of Figure 7, at the scale of the paper",
     "cost": "time and memory of a training evaluation against width (Figure 2)",
+    "linear": "linear problems, Figures 3 to 5",
     "merge": "time of a merge",
     "step": "time of a training step of deep networks, eager and compiled",
     "drift": "errors of inverse and log-determinant over up to 100,000 merges",

@@ -1,6 +1,7 @@
 import math
 import os
 import signal
+import threading
 import time
 
 import numpy as np
@@ -169,6 +170,28 @@ def test_a_killed_worker_is_an_error_at_once_and_the_next_call_works(molecule, e
         assert time.monotonic() - start < 10
         with pytest.raises(ProcessLookupError):
             os.kill(pids[0], 0)
+        torch.testing.assert_close(shared(frames[:4]), energy(frames[:4]))
+
+
+def test_a_worker_killed_in_mid_batch_is_an_error_at_once_and_leaves_nothing_behind(molecule, energy, frames):
+    batch = frames[:1].expand(100_000, -1, -1).contiguous()  # some seconds of work
+    with OpenMMEnergy(molecule.system, 600, workers=2) as shared:
+        shared(frames[:4])
+        pids = [process.pid for process, _ in shared._pool._workers]
+        killed = []
+
+        def kill():
+            killed.append(time.monotonic())
+            os.kill(pids[0], signal.SIGKILL)
+
+        timer = threading.Timer(0.5, kill)
+        timer.start()
+        with pytest.raises(RuntimeError, match="an OpenMM worker died"):
+            shared(batch)
+        assert time.monotonic() - killed[0] < 5
+        for pid in pids:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
         torch.testing.assert_close(shared(frames[:4]), energy(frames[:4]))
 
 
