@@ -12,6 +12,7 @@ COMMANDS = {
     "linear": "linear problems, Figures 3 to 5",
     "merge": "time of a merge",
     "step": "time of a training step of deep networks, eager and compiled",
+    "density2d": "two-dimensional densities, Figures 6 and 8",
     "drift": "errors of inverse and log-determinant over up to 100,000 merges",
     "readme": "copy the result tables into README.md",
 }

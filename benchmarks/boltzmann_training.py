@@ -13,12 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.boltzmann import Data
+from benchmarks.checkpoint import Checkpoint
 from p4flows import MergeScheduler, P4Inv
 from p4flows.molecules import regularize_energy
 
 __all__ = ["Stage", "train"]
 
-_SECONDS_BETWEEN_CHECKPOINTS = 60
 _E_HIGH, _E_MAX = 100.0, 1e20  # kT; beyond the first, energies count by their logarithm
 
 
@@ -79,28 +79,21 @@ def train(
     if perturbations:
         scheduler = MergeScheduler(flow, optimizer, every=stage.every, reset=stage.reset).attach()
     loss = _Loss(flow, data, stage, compiled)
-    parts = {"flow": flow, "optimizer": optimizer, "schedule": schedule, "merges": scheduler}
-    done, seconds, curve, bad = 0, 0.0, [], 0
-    if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        if state["stage"] != asdict(stage):
-            raise ValueError(f"{checkpoint}: expected a checkpoint of {stage}, got one of {state['stage']}")
-        for key, part in parts.items():
-            if part is not None:
-                part.load_state_dict(state[key])
-        generator.set_state(state["generator"])
-        done, seconds, curve, bad = (state[key] for key in ("step", "seconds", "curve", "bad"))
-
-    def save(step: int) -> None:
-        if checkpoint is not None:
-            state = {key: part.state_dict() for key, part in parts.items() if part is not None}
-            state |= {"stage": asdict(stage), "generator": generator.get_state(), "step": step, "bad": bad}
-            torch.save(state | {"seconds": seconds, "curve": curve}, part := checkpoint.with_suffix(".part"))
-            part.replace(checkpoint)
+    kept = Checkpoint(
+        checkpoint,
+        asdict(stage),
+        flow=flow,
+        optimizer=optimizer,
+        schedule=schedule,
+        merges=scheduler,
+        generator=generator,
+    )
+    numbers = {"step": 0, "seconds": 0.0, "curve": [], "bad": 0} | kept.restore()
+    done = numbers["step"]
 
     flow.train()
     recent: list[Tensor] = []
-    last = start = time.perf_counter()
+    start = time.perf_counter()
     window = min(100, stage.steps)
     with tqdm(range(done, stage.steps), desc=name, unit="step", initial=done, total=stage.steps, mininterval=1) as bar:
         for step in range(done + 1, stage.steps + 1):
@@ -108,28 +101,25 @@ def train(
             value = loss(generator)
             value.backward()
             if stage.energy_weight and not torch.nn.utils.get_total_norm(_gradients(flow)).isfinite():
-                bad += 1  # a sample on a singularity of the energy; one in a million batches must not end the run
+                numbers["bad"] += 1  # a sample on a singularity of the energy must not end the run
             else:
                 optimizer.step()
             schedule.step()
             recent.append(value.detach())
             bar.update()
-            if step % window == 0:
-                curve.append(torch.stack(recent).mean().item())
-                recent.clear()
-                bar.set_postfix(loss=f"{curve[-1]:.2f}")
+            if step % window == 0 or step == stage.steps:
                 now = time.perf_counter()
-                if now - last > _SECONDS_BETWEEN_CHECKPOINTS:
-                    seconds, start = seconds + now - start, now
-                    save(step)
-                    last = time.perf_counter()
-    if done < stage.steps:
-        seconds += time.perf_counter() - start
-        save(stage.steps)
+                numbers["step"] = step
+                numbers["seconds"] += now - start
+                numbers["curve"].append(torch.stack(recent).mean().item())
+                start = now
+                recent.clear()
+                bar.set_postfix(loss=f"{numbers['curve'][-1]:.2f}")
+                (kept.save if step == stage.steps else kept.save_if_due)(**numbers)
     return {
-        "ms_per_step": 1000 * seconds / stage.steps,
-        "curve": [round(value, 4) for value in curve],
-        "unusable_batches": bad,
+        "ms_per_step": 1000 * numbers["seconds"] / stage.steps,
+        "curve": [round(value, 4) for value in numbers["curve"]],
+        "unusable_batches": numbers["bad"],
         "counters": scheduler.counters if scheduler else None,
     }
 

@@ -37,7 +37,7 @@ def test_rounding_does_not_add_up_in_single_precision(n, merges, rank):
         if i % (merges // 20) == 0 or i == merges - 1:
             assert residual(layer) <= max(1e-5, 3 * exact_inverse_residual(layer.A))
             assert logabsdet_error(layer) < 1e-4
-            assert scheduler.counters["inversions"] == 0
+            assert scheduler.counters["corrections"] <= i / 50 + 1
     assert scheduler.counters["merged"] + scheduler.counters["forced"] > merges // 20
 
 

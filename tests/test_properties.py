@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -30,8 +30,9 @@ class Tracking(RuleBasedStateMachine):
     def start(self, stack, rank, dtype):
         self.make = lambda: create(stack, rank, dtype)
         self.layer = self.make()
-        self.A = self.layer.A.double()
+        self.A = self.layer.A.double().clone()
         self.corrections, self.largest = 0, torch.ones(self.layer.merges.shape, dtype=torch.float64)
+        self.worst = torch.ones_like(self.largest)
 
     def product(self):
         return self.layer.U.detach().double() @ self.layer.V.detach().double().mT
@@ -66,6 +67,21 @@ class Tracking(RuleBasedStateMachine):
         assert (self.layer.U[outcome != MergeOutcome.SKIPPED] == 0).all()
         finite = product.isfinite().flatten(-2).all(-1)
         assert ((outcome == MergeOutcome.RESET) <= ~finite).all()
+
+    @rule(seed=st.integers(0, 2**32), scale=st.sampled_from([1e-2, 0.3, 3.0]), force=st.booleans())
+    def perturb_and_merge(self, seed, scale, force):
+        self.perturb(seed, scale)
+        self.merge(force)
+
+    @rule(which=st.sampled_from(["U", "V"]), number=numbers, place=st.integers(0, 10**6), force=st.booleans())
+    def inject_and_merge(self, which, number, place, force):
+        self.inject(which, number, place)
+        self.merge(force)
+
+    @rule(G=st.sampled_from([-1.0, 1e-3, 1e-8]))
+    def merge_next_to_a_singular_matrix(self, G):
+        self.aim_at_a_singular_matrix(G)
+        self.merge(True)
 
     @rule(order=st.sampled_from([None, 2, 3, 7]))
     def correct(self, order):
@@ -112,12 +128,14 @@ class Tracking(RuleBasedStateMachine):
         assert ((self.layer.A - self.A).abs().amax((-2, -1)) <= allowed).all()
         sign, logabsdet = torch.linalg.slogdet(self.layer.A.double())
         condition = torch.linalg.cond(self.layer.A.double())
-        known = condition < 1e-2 / eps
-        error = (self.layer.logabsdet_A - logabsdet).abs()
-        assert (error <= 1e-10 + 20 * eps * condition)[known].all()
+        # Errors of rounding A, and those that tracking has picked up in float64 where A was closest to singular.
+        self.worst = torch.maximum(self.worst, condition)
+        allowed = 20 * eps * condition + 1e-9 + 1e3 * torch.finfo(torch.float64).eps * self.worst
+        known = allowed < 1e-2
+        assert ((self.layer.logabsdet_A - logabsdet).abs() <= allowed)[known].all()
         assert (self.layer.sign_A == sign)[known].all()
         residual = torch.linalg.matrix_norm(self.layer.A.double() @ self.layer.A_inv.double() - torch.eye(N))
-        assert (residual <= 20 * eps * condition)[known].all()
+        assert (residual <= allowed)[known].all()
 
     @precondition(lambda self: self.product().isfinite().all() and self.product().abs().max() < 1e10)
     @invariant()
@@ -127,14 +145,20 @@ class Tracking(RuleBasedStateMachine):
         size = (self.A.abs().amax((-2, -1)) + self.product().abs().amax((-2, -1))).clamp(min=1)
         assert ((self.layer.matrix - M).abs().amax((-2, -1)) <= 20 * eps * size).all()
         sign, logabsdet = torch.linalg.slogdet(M)
-        condition = torch.maximum(torch.linalg.cond(M), torch.linalg.cond(self.A)) * size
-        known = condition < 1e-2 / eps
-        assert ((self.layer.logabsdet - logabsdet).abs() <= 100 * eps * condition)[known].all()
+        condition = torch.linalg.cond(M) * torch.linalg.cond(self.A) * size
+        allowed = 100 * eps * condition + 1e-9 + 1e3 * torch.finfo(torch.float64).eps * self.worst
+        known = allowed < 1e-2
+        assert ((self.layer.logabsdet - logabsdet).abs() <= allowed)[known].all()
         assert (self.layer.sign == sign)[known].all()
 
 
 Tracking.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=60,
+    stateful_step_count=25,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
 )
 TestTracking = Tracking.TestCase
 
