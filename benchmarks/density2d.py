@@ -22,6 +22,7 @@ __all__ = ["RealNVP2d", "add_arguments", "run", "table"]
 
 _BLOCKS, _BATCH, _LEARNING_RATE, _EPOCHS = 100, 200, 5e-3, 8
 _HALF_WIDTH, _GRID = 4.5, 180
+_SAVED_EVERY = 100
 _RARE = 1e-3  # of the peak of the true density
 
 Map = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -129,7 +130,7 @@ def train(model: nn.Module, inverse: bool, steps: int, name: str, seed: int, che
             if merges:
                 merges.step()
             bar.update()
-            if step % 100 == 0 or step == steps:
+            if step % _SAVED_EVERY == 0 or step == steps:
                 bar.set_postfix(nll=f"{loss.mean().item() + 1.8379:.3f}")
                 now = time.perf_counter()
                 numbers = {"step": step, "seconds": numbers["seconds"] + now - start}

@@ -8,6 +8,7 @@ perturbation, merge it every N steps. Plug-ins: :mod:`p4flows.nflows`, :mod:`p4f
 from p4flows.activations import BentIdentity, Elementwise, Inverse
 from p4flows.averaging import AveragedModel
 from p4flows.invertible import P4Inv
+from p4flows.linear import P4Linear
 from p4flows.perturbation import Correction, MergeOutcome, P4Layer
 from p4flows.scheduler import MergeScheduler, attach_on_first_step
 from p4flows.stack import P4InvStack
@@ -23,6 +24,7 @@ __all__ = [
     "P4Inv",
     "P4InvStack",
     "P4Layer",
+    "P4Linear",
     "__version__",
     "attach_on_first_step",
 ]

@@ -26,7 +26,7 @@ from p4flows.perturbation import Correction, MergeOutcome
 if TYPE_CHECKING:
     from p4flows.tracked import TrackedInverse
 
-__all__ = ["Group", "Matrices", "correct_", "drifted", "merge_", "redraw_"]
+__all__ = ["Group", "Matrices", "correct_", "drifted", "fits", "largest", "merge_", "redraw_"]
 
 _log = logging.getLogger(__name__)
 
@@ -107,8 +107,8 @@ def _matrices(tensors: dict[str, Tensor]) -> Matrices:
 def merge_(state: Matrices, *, force: bool, bounds_update: Bounds, bounds_det: Bounds) -> Tensor:
     """Merge each perturbation by Algorithm 2, or skip or reset it; the outcomes (L,), see :meth:`P4Inv.merge`."""
     A, A_inv, sign_A, logabsdet_A, U, V, seed, merges, *_ = state
-    largest = _largest(U), _largest(V)
-    finite = largest[0].isfinite() & largest[1].isfinite()
+    size_U, size_V = largest(U), largest(V)
+    finite = size_U.isfinite() & size_V.isfinite()
     U_new, V_new = (torch.where(finite[:, None, None], M, 0).double() for M in (U, V))
     W, C, Z = algebra.merge_products(A_inv, U_new, V_new)
     sign_G, log_G = algebra.sign_and_logabsdet(C)
@@ -117,8 +117,8 @@ def merge_(state: Matrices, *, force: bool, bounds_update: Bounds, bounds_det: B
     # Bounds on the entries of both updates, |U Vᵀ| <= k max|U| max|V|, so that nothing infinite is stored.
     k = U.shape[-1]
     storable = log_G.isfinite()
-    for matrix, update in ((A, largest[0] * largest[1]), (A_inv, _largest(W) * _largest(K))):
-        storable &= _fits(matrix, k * update, torch.finfo(U.dtype).max / 4)
+    for matrix, update in ((A, size_U * size_V), (A_inv, largest(W) * largest(K))):
+        storable &= fits(matrix, k * update, torch.finfo(U.dtype).max / 4)
     sane = storable & _within(log_G, bounds_update) & _within(log_G + logabsdet_A, bounds_det)
     accepted = finite & (storable if force else sane)
 
@@ -223,11 +223,12 @@ def correct_(state: Matrices, which: Tensor | None = None, order: int | None = N
     return done
 
 
-def _largest(M: Tensor) -> Tensor:
+def largest(M: Tensor) -> Tensor:
+    """max|M| over the last two dimensions, in float64."""
     return M.abs().amax((-2, -1)).double()
 
 
-def _fits(M: Tensor, update: Tensor, limit: float) -> Tensor:
+def fits(M: Tensor, update: Tensor, limit: float) -> Tensor:
     """Whether M plus an update with entries of at most ``update`` (L,) stays within the limit."""
     small = update < limit
     if M.is_cpu and (update < limit * 2.0**-20).all():

@@ -54,6 +54,13 @@ LAYER = {
 CALLS = {
     "P4Inv": (P4Inv, LAYER),
     "P4InvStack": (P4InvStack, {**LAYER, "depth": 3, "models": 2, "activations": [BentIdentity()]}),
+    "P4Linear": (
+        p4flows.P4Linear,
+        {
+            **{"in_features": 3, "out_features": 2, "rank": 1, "bias": True, "seed": 0, "device": "cpu"},
+            "dtype": torch.float32,
+        },
+    ),
     "from_layers": (P4InvStack.from_layers, {"layers": [P4Inv(3), P4Inv(3)], "activations": [BentIdentity()]}),
     "Inverse": (Inverse, {"bijection": BentIdentity()}),
     "MergeScheduler": (

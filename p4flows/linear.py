@@ -1,0 +1,149 @@
+"""P4Linear: a plain linear layer trained through low-rank perturbations (Appendix I)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from p4flows._checks import flag, floating, integer, move
+from p4flows._random import normal
+from p4flows.merging import fits, largest, redraw_
+from p4flows.perturbation import Correction, MergeOutcome, P4Layer
+
+__all__ = ["P4Linear"]
+
+
+class P4Linear(P4Layer):
+    r"""Linear layer ``y = (A + U Vᵀ) x + b`` of any shape, trained through the perturbation ``U Vᵀ`` of rank k.
+
+    There is no inverse and no determinant to track: what is left of P4 is that only k (m + n) numbers are trained at a
+    time, not m n. With U = 0 and V ~ N(0, 1) at every merge, ``E[V Vᵀ] = k I``: by SGD at the learning rate η / k it
+    descends, on average, as ``nn.Linear`` does at η.
+
+    Args:
+        in_features: n, the size of the last dimension of the input.
+        out_features: m, the size of the last dimension of the output.
+        rank: k, 1 <= k <= min(m, n). The paper has 1.
+        bias: whether there is a trainable b (m,).
+        seed: V is a function of the seed and of the number of merges; give layers of one model different seeds.
+        device, dtype: of all floating-point tensors.
+
+    A and b start like those of ``nn.Linear``, from torch's own generator.
+
+    Attributes: parameters U (m, k), V (n, k) and bias (m,) or None; buffers A (m, n); seed, merges (), int64.
+
+    Shapes: input (..., n) to output (..., m).
+
+    Raises:
+        ValueError: for an argument outside what is said here.
+
+    References:
+        Krämer, Köhler, Noé: Training Invertible Linear Layers through Rank-One Perturbations. arXiv:2010.07033.
+
+    >>> layer = P4Linear(784, 10)
+    >>> layer(torch.zeros(5, 784)).shape, sum(p.numel() for p in layer.parameters())
+    (torch.Size([5, 10]), 804)
+    """
+
+    _version = 1  # of the state dict
+
+    U: nn.Parameter
+    V: nn.Parameter
+    bias: nn.Parameter | None
+    A: Tensor
+    seed: Tensor
+    merges: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int = 1,
+        bias: bool = True,
+        seed: int = 0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = integer("in_features", in_features, 1)
+        self.out_features = integer("out_features", out_features, 1)
+        self.rank = integer("rank", rank, 1, min(self.in_features, self.out_features))
+        dtype = floating(dtype)
+        bound = 1 / math.sqrt(self.in_features)
+        self.register_buffer("A", torch.empty(self.out_features, self.in_features, dtype=dtype).uniform_(-bound, bound))
+        b = torch.empty(self.out_features, dtype=dtype).uniform_(-bound, bound) if flag("bias", bias) else None
+        self.register_parameter("bias", None if b is None else nn.Parameter(b))
+        self.register_buffer("seed", torch.tensor(integer("seed", seed), dtype=torch.int64))
+        self.register_buffer("merges", torch.zeros((), dtype=torch.int64))
+        V = normal(self.seed, self.merges, (self.in_features, self.rank)).to(dtype)
+        self.U = nn.Parameter(torch.zeros(self.out_features, self.rank, dtype=dtype))
+        self.V = nn.Parameter(V)
+        move(self, device)
+
+    @classmethod
+    def from_linear(cls, layer: nn.Linear, rank: int = 1, seed: int = 0) -> P4Linear:
+        """A layer that starts as the same function as an ``nn.Linear``, with a copy of its weight and bias."""
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(f"layer: expected an nn.Linear, got {type(layer).__name__}")
+        sizes = layer.in_features, layer.out_features
+        new = cls(*sizes, rank, layer.bias is not None, seed, device=layer.weight.device, dtype=layer.weight.dtype)
+        with torch.no_grad():
+            new.A.copy_(layer.weight)
+            if layer.bias is not None:
+                new.bias.copy_(layer.bias)
+        return new.train(layer.training)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(A + U Vᵀ) x + b``, without forming ``U Vᵀ``."""
+        return linear(x, self.A, self.bias) + linear(x @ self.V, self.U)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The effective matrix ``A + U Vᵀ``, (m, n), differentiable."""
+        return self.A + self.U @ self.V.mT
+
+    @property
+    def zeroed(self) -> tuple[nn.Parameter, ...]:
+        return (self.U,)
+
+    @property
+    def redrawn(self) -> tuple[nn.Parameter, ...]:
+        return (self.V,)
+
+    @torch.no_grad()
+    def merge(self, force: bool = False) -> Tensor:
+        """Merge ``U Vᵀ`` into A, in place, O(k m n); there are no bounds, so that ``force`` changes nothing.
+
+        Skipped where A would not stay finite; where U or V is not finite the perturbation is reset instead. Does not
+        wait for the device. Returns the :class:`MergeOutcome`, an int64 tensor ().
+        """
+        size = largest(self.U) * largest(self.V)
+        finite = size.isfinite()
+        kept = fits(self.A[None], self.rank * size[None], torch.finfo(self.A.dtype).max / 4)[0] & finite
+        U, V = (torch.where(kept, M, 0) for M in (self.U, self.V))
+        self.A.addmm_(U, V.mT)
+        self._redraw(kept | ~finite)
+        merged = torch.where(kept, int(MergeOutcome.MERGED), int(MergeOutcome.SKIPPED))
+        return merged.where(finite, int(MergeOutcome.RESET))
+
+    def reset(self) -> None:
+        """Drop the perturbation without merging it: U = 0, a new V; the function becomes that of A."""
+        self._redraw(torch.ones_like(self.merges, dtype=torch.bool))
+
+    def _redraw(self, which: Tensor) -> None:
+        redraw_(self.U.detach()[None], self.V.detach()[None], self.seed[None], self.merges[None], which[None])
+
+    def correct(self) -> Tensor:
+        """Nothing is derived from A, so that there is nothing to correct."""
+        return torch.full_like(self.merges, int(Correction.NONE))
+
+    def penalty(self) -> Tensor:
+        """Zero, in float64: every perturbation can be merged."""
+        return torch.zeros((), dtype=torch.float64, device=self.A.device)

@@ -1,0 +1,187 @@
+"""The paper's experiments in benchmarks/, on small settings: that they run, resume after an interruption, are right."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("nflows")
+pytest.importorskip("openmm")
+pytest.importorskip("matplotlib")
+
+from benchmarks import __main__ as command
+from benchmarks import alanine_dipeptide, density2d, linear
+from benchmarks.boltzmann import divergence, histograms, kish
+from benchmarks.checkpoint import Checkpoint
+from benchmarks.density2d import RealNVP2d
+from benchmarks.mixing import MIXES, put_between
+from benchmarks.parts import part
+from benchmarks.realnvp import real_nvp
+from benchmarks.toy_densities import DISTRIBUTIONS
+from p4flows import P4InvStack
+
+
+def call(monkeypatch, tmp_path, arguments):
+    monkeypatch.setenv("P4FLOWS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments.split(), "--out", str(tmp_path)])
+    command.main()
+    name = arguments.split()[0]
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    return json.loads((tmp_path / f"{name}.json").read_text())
+
+
+@pytest.mark.filterwarnings("ignore:.*bgflow.*", "ignore:.*Tight layout.*")
+def test_drift(monkeypatch, tmp_path):
+    results = call(monkeypatch, tmp_path, "drift --widths 3 20 --merges 60 --points 5")
+    ours = [row for row in results["rows"] if row["method"] == "P4Inv"]
+    assert {(row["n"], row["dtype"], row["perturbations"]) for row in ours} == {
+        (n, dtype, kind) for n in (3, 20) for dtype in ("float32", "float64") for kind in ("random", "adversarial")
+    }
+    for row in ours:
+        assert row["errors"][-1]["merges"] == 60
+        for errors in row["errors"]:
+            assert errors["residual"] < max(1e-5, 4 * errors["residual_of_rounded_inverse"])
+            assert errors["logabsdet_error"] < 1e-4
+        assert 0 < row["error_control_s"] < row["merge_s"]
+    # The adversarial merges are as bad as they are meant to be.
+    assert max(e["condition"] for row in ours if row["perturbations"] == "adversarial" for e in row["errors"]) > 1e3
+
+
+# --- linear problems ----------------------------------------------------------------------------------------
+
+
+def test_linear(monkeypatch, tmp_path):
+    for name, value in (("_BATCH", 4), ("_POINTS", 5), ("_SNAPSHOTS", 5)):
+        monkeypatch.setattr(linear, name, value)
+    results = call(monkeypatch, tmp_path, f"linear --quick --parts {tmp_path / 'parts'}")
+    assert len(results["rows"]) == 21
+    assert {tuple(claim) for claim in results["claims"]} == {("claim", "paper", "ours", "holds")}
+    monkeypatch.setattr(linear, "train", lambda *_: pytest.fail("trained again"))
+    assert call(monkeypatch, tmp_path, f"linear --quick --parts {tmp_path / 'parts'}")["rows"] == results["rows"]
+
+
+def test_the_targets_of_the_linear_problems():
+    targets = linear.targets()
+    values = torch.linalg.eigvalsh(targets["positive_definite"])
+    assert values.min() > 0.5
+    assert values.max() < 1.5
+    Q = targets["orthogonal"]
+    torch.testing.assert_close(Q @ Q.T, torch.eye(128, dtype=torch.float64))
+    assert torch.linalg.det(Q) == pytest.approx(1)
+
+
+def test_parts_are_computed_once(tmp_path):
+    count = []
+    for settings in ({"a": 1}, {"a": 1}, {"a": 2}):
+        assert part(tmp_path, settings, lambda s=settings: (count.append(0), {"b": s["a"]})[1]) == {"b": settings["a"]}
+    assert len(count) == 2
+
+
+# --- two-dimensional densities ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, d in DISTRIBUTIONS.items() if d.known])
+def test_samples_follow_the_density(name):
+    distribution, bins, count = DISTRIBUTIONS[name], 12, 100_000
+    x = distribution.sample(count, torch.Generator().manual_seed(0))
+    axis = (torch.arange(120, dtype=torch.float64) + 0.5) / 10 - 6
+    density = distribution.density(torch.cartesian_prod(axis, axis)).view(bins, 10, bins, 10)
+    mass = density.sum((1, 3)) / 100
+    assert mass.sum() == pytest.approx(1, abs=5e-3)
+    cells = torch.histogramdd(x.double(), [bins, bins], range=[-6.0, 6.0, -6.0, 6.0]).hist / count
+    assert (cells - mass).abs().max() < 5 * (mass.max() / count).sqrt() + 2e-3
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_samples_are_where_the_pictures_are(name):
+    x = DISTRIBUTIONS[name].sample(10_000, torch.Generator().manual_seed(0))
+    assert x.dtype == torch.float32
+    assert 0.99 < (x.abs() < 4.5).all(1).float().mean() <= 1
+    assert x.std(0).min() > 0.8
+
+
+def test_the_two_networks_have_the_parameters_of_the_paper():
+    realnvp, stack = RealNVP2d(1), P4InvStack(2, 200)
+    assert sum(p.numel() for p in realnvp.parameters()) == 1_230
+    assert sum(p.numel() for p in stack.parameters()) == 1_200
+
+
+def test_realnvp_side_by_side():
+    model = RealNVP2d(3).double()
+    x = torch.randn(3, 5, 2, dtype=torch.float64)
+    y, logabsdet = model(x)
+    back, inverse_logabsdet = model.inverse(y)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(inverse_logabsdet, -logabsdet)
+    for m in range(3):
+        rows = torch.stack([torch.zeros(2, dtype=torch.float64)] * 3)
+        jacobian = torch.autograd.functional.jacobian(
+            lambda row, m=m, rows=rows: model(torch.where(torch.arange(3)[:, None] == m, row, rows)[:, None])[0][m, 0],
+            x[m, 0],
+        )
+        torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, logabsdet[m, 0])
+    assert not torch.allclose(model(x[:1].expand(3, -1, -1))[0][0], model(x[:1].expand(3, -1, -1))[0][1])
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_density2d_and_its_resumption(monkeypatch, tmp_path):
+    monkeypatch.setattr(density2d, "_BLOCKS", 3)
+    monkeypatch.setattr(density2d, "_GRID", 30)
+    expected = call(monkeypatch, tmp_path, f"density2d --quick --checkpoints {tmp_path / 'a'}")
+    assert {row["parameters"] for row in expected["rows"]} == {1_230, 36}
+    assert all(0 <= row["misplaced"] <= 1 for row in expected["rows"] if "misplaced" in row)
+    calls = []
+
+    def interrupted(kept, **numbers):
+        kept.save(**numbers)
+        calls.append(0)
+        if len(calls) == 1:
+            raise Interrupted
+
+    monkeypatch.setattr(Checkpoint, "save_if_due", interrupted)
+    monkeypatch.setattr(density2d, "_SAVED_EVERY", 30)
+    with pytest.raises(Interrupted):
+        call(monkeypatch, tmp_path, f"density2d --quick --checkpoints {tmp_path / 'b'}")
+    resumed = call(monkeypatch, tmp_path, f"density2d --quick --checkpoints {tmp_path / 'b'}")
+    assert resumed["rows"] == expected["rows"]
+
+
+# --- alanine dipeptide --------------------------------------------------------------------------------------
+
+
+def test_alanine_dipeptide_has_the_paper_s_architecture():
+    full = alanine_dipeptide.FULL
+    assert (full.couplings, full.likelihood.steps, full.energy.steps) == (50, 40_000, 2_000)
+    counts = {}
+    for mix in ("reversed", "P4Inv"):
+        flow = alanine_dipeptide.build(alanine_dipeptide.replace(full, mix=mix))
+        counts[mix] = sum(p.numel() for p in flow.parameters())
+    assert counts == {"reversed": 735_050, "P4Inv": 744_050}
+
+
+@pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")  # in nflows' LULinear
+@pytest.mark.parametrize("mix", MIXES)
+def test_mixes_between_couplings(mix):
+    flow = put_between(real_nvp(6, 3), 6, mix, rank=2)
+    x = torch.randn(8, 6)
+    noise = flow.transform_to_noise(x)
+    torch.testing.assert_close(flow._transform.inverse(noise)[0], x, rtol=1e-4, atol=1e-4)
+    jacobian = torch.autograd.functional.jacobian(lambda row: flow._transform(row[None])[0][0], x[0])
+    torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], flow._transform(x)[1][0], rtol=1e-4, atol=1e-4)
+    flow.log_prob(x).mean().backward()
+    assert all(p.grad is not None for p in flow.parameters())
+
+
+def test_effective_sample_size_and_histograms():
+    assert kish(torch.zeros(50)) == pytest.approx(1)
+    weights = torch.full((50,), -torch.inf)
+    weights[3] = 7
+    assert kish(weights) == pytest.approx(1 / 50)
+    a = torch.linspace(0, 1, 1000)
+    p, q = histograms(a, a + 0.5)
+    assert p.sum() == q.sum() == pytest.approx(1)
+    assert divergence(p, p) == 0
+    assert divergence(p, q) > 0.1

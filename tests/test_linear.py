@@ -1,0 +1,118 @@
+"""P4Linear: perturbations of layers that are not square and have no inverse."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from p4flows import MergeOutcome, MergeScheduler, P4Linear
+
+sizes = pytest.mark.parametrize(("n", "m", "rank"), [(7, 3, 1), (3, 7, 2), (5, 5, 5), (1, 4, 1)])
+
+
+def perturbed(n, m, rank=1, **options):
+    layer = P4Linear(n, m, rank, dtype=torch.float64, **options)
+    with torch.no_grad():
+        layer.U.normal_()
+    return layer
+
+
+@sizes
+@pytest.mark.parametrize("bias", [True, False])
+def test_is_the_dense_layer(n, m, rank, bias):
+    layer = perturbed(n, m, rank, bias=bias)
+    x = torch.randn(2, 6, n, dtype=torch.float64, requires_grad=True)
+    expected = x @ layer.matrix.T + (layer.bias if bias else 0)
+    torch.testing.assert_close(layer(x), expected)
+    loss = layer(x).square().sum()
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, [x, *layer.parameters()]),
+        torch.autograd.grad(expected.square().sum(), [x, *layer.parameters()]),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@sizes
+def test_merging_and_resetting(n, m, rank):
+    layer = perturbed(n, m, rank, seed=4)
+    matrix, V = layer.matrix.detach().clone(), layer.V.detach().clone()
+    assert layer.merge() == MergeOutcome.MERGED
+    torch.testing.assert_close(layer.A, matrix)
+    torch.testing.assert_close(layer.matrix, matrix)
+    assert (layer.U == 0).all()
+    assert layer.merges == 1
+    assert not torch.equal(layer.V, V)
+    with torch.no_grad():
+        layer.U.normal_()
+    layer.reset()
+    torch.testing.assert_close(layer.matrix, matrix)
+    assert layer.merges == 2
+    assert layer.correct() == 0
+    assert layer.penalty() == 0
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("which", ["U", "V"])
+def test_what_is_not_finite_is_not_merged(number, which):
+    layer = perturbed(4, 3)
+    A = layer.A.clone()
+    with torch.no_grad():
+        getattr(layer, which)[1] = number
+    assert layer.merge() == MergeOutcome.RESET
+    assert torch.equal(layer.A, A)
+    assert layer.matrix.isfinite().all()
+
+
+def test_a_merge_that_would_overflow_is_skipped():
+    layer = P4Linear(4, 3)
+    with torch.no_grad():
+        layer.U.fill_(1e38)
+    assert layer.merge() == MergeOutcome.SKIPPED
+    assert (layer.U == 1e38).all()
+    assert layer.A.isfinite().all()
+
+
+def test_trains_with_the_scheduler_like_a_dense_layer():
+    torch.manual_seed(0)
+    T = torch.randn(3, 8)
+    dense = nn.Linear(8, 3, bias=False)
+    layer = P4Linear.from_linear(dense, rank=2, seed=1)
+    assert torch.equal(layer.matrix, dense.weight)
+    losses = []
+    for model, lr in ((dense, 0.1), (layer, 0.1 / 2)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+        scheduler = MergeScheduler(model, optimizer, every=1) if model is layer else None
+        for _ in range(400):
+            x = torch.randn(32, 8)
+            loss = (model(x) - x @ T.T).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if scheduler:
+                scheduler.step()
+        losses.append(loss.item())
+    assert scheduler.counters["merged"] == 400
+    assert losses[0] < 1e-5
+    assert losses[1] < 1e-3
+
+
+def test_copies_and_checkpoints_draw_the_same_perturbations():
+    layer = perturbed(5, 3, 2, seed=9)
+    loaded = P4Linear(5, 3, 2, dtype=torch.float64)
+    loaded.load_state_dict(layer.state_dict())
+    for other in (copy.deepcopy(layer), loaded):
+        torch.testing.assert_close(other.matrix, layer.matrix, rtol=0, atol=0)
+        other.merge()
+        other.reset()
+    layer.merge()
+    layer.reset()
+    for tensor, theirs in zip(layer.state_dict().values(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(tensor, theirs)
+
+
+def test_wrong_layer():
+    with pytest.raises(ValueError, match=r"layer: expected an nn.Linear, got Conv1d"):
+        P4Linear.from_linear(nn.Conv1d(1, 1, 1))
