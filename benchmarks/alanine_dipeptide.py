@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from benchmarks.boltzmann import PERTURBATION, TEMPERATURE, Samples, describe, load_data, measure
+from benchmarks.boltzmann_figure import draw
 from benchmarks.boltzmann_training import Stage, train
+from benchmarks.demo import comparison
 from benchmarks.environment import RESULTS, save
 from benchmarks.mixing import put_between
 from benchmarks.realnvp import real_nvp
 
-__all__ = ["FULL", "QUICK", "Run", "add_arguments", "build", "run"]
+__all__ = ["FULL", "QUICK", "Run", "add_arguments", "build", "run", "table"]
 
 
 # Appendix H.
@@ -49,6 +51,7 @@ QUICK = Run(
     samples=200,
     compiled=False,
 )
+_STAGES = ("likelihood", "energy")
 _MIXES = {"RealNVP": "reversed", "RealNVP + P4Inv": "P4Inv"}
 
 
@@ -82,8 +85,41 @@ def run(args: Namespace) -> dict[str, Any]:
     for name, (stages, drawn) in train_all(settings, args.checkpoints, args.jobs).items():
         rows[name], samples[name] = stages, drawn
     results = {"settings": {**asdict(setting), "temperature": TEMPERATURE, "jobs": args.jobs}, "rows": rows}
-    print(save("alanine_dipeptide", results, args.out))
+    path = save("alanine_dipeptide", results, args.out)
+    flat = {name: row | row.get("energy", {}) for name, row in rows.items()}
+    picture = draw(samples, flat, args.out / "alanine_dipeptide.png", ("likelihood", "energy"))
+    print(f"{path}\n{picture}\n{table(results)}")
     return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """Figure 7 and more as a Markdown table, before and after training by energy."""
+    columns = {}
+    for name, row in results["rows"].items():
+        columns |= {f"{name}, {stage}": row[stage] for stage in _STAGES} if "energy" in row else {name: row}
+    return comparison(
+        columns,
+        [
+            ("trainable parameters", "parameters", "{:,}"),
+            ("ms per training step", "ms_per_step", "{:.0f}"),
+            ("held-out NLL (nats)", "nll", "{:.2f}"),
+            ("reverse KL + constant (nats)", "reverse_kl", "{:.2f}"),
+            ("effective sample size (Kish)", "ess", "{:.2%}"),
+            ("mean u(x) (kT)", "energy_mean", "{:.3g}"),
+            ("median u(x) (kT)", "energy_median", "{:.2f}"),
+            ("median, above MD (kT)", "energy_shift_of_median", "{:+.2f}"),
+            ("mean of low energies, above MD (kT)", "energy_shift_of_low", "{:+.2f}"),
+            ("low-energy fraction", "low_energy_fraction", "{:.3f}"),
+            ("Ramachandran JS to MD", "ramachandran_js", "{:.4f}"),
+            ("JS of φ", "phi_js", "{:.4f}"),
+            ("JS of ψ", "psi_js", "{:.4f}"),
+            ("JS of the 60 coordinates, mean", "marginal_js_mean", "{:.4f}"),
+            ("JS of the 60 coordinates, largest", "marginal_js_max", "{:.4f}"),
+            ("largest \\|x − F(F⁻¹(x))\\|", "round_trip", "{:.1e}"),
+            ("largest \\|A A⁻¹ − I\\|", "residual", "{:.1e}"),
+            ("largest error of ln\\|det A\\|", "logabsdet_error", "{:.1e}"),
+        ],
+    )
 
 
 def train_all(settings: dict[str, Run], checkpoints: Path, jobs: int) -> dict[str, tuple[dict[str, Any], Samples]]:
@@ -100,10 +136,10 @@ def _train(name: str, setting: Run, checkpoints: Path) -> tuple[dict[str, Any], 
     md = data.samples(data.test_frames)
     flow = build(setting, data.z.shape[1])
     stages = {}
-    for stage in ("likelihood", "energy"):
+    for stage in _STAGES:
         plan = replace(getattr(setting, stage), seed=setting.seed)
         checkpoint = checkpoints / f"{name} {setting.seed} {stage}.pt"
         training = train(flow, data, plan, f"{name}, {stage}", checkpoint, setting.compiled)
         measured, samples = measure(flow, data, md, setting.samples, setting.seed)
-        stages[stage] = measured | training
+        stages[stage] = measured | training | {"steps": plan.steps}
     return stages, samples

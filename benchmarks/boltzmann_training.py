@@ -19,6 +19,7 @@ from p4flows.molecules import regularize_energy
 
 __all__ = ["Stage", "train"]
 
+_WINDOW = 100  # steps that a point of the training curve is the mean of
 _E_HIGH, _E_MAX = 100.0, 1e20  # kT; beyond the first, energies count by their logarithm
 
 
@@ -94,7 +95,7 @@ def train(
     flow.train()
     recent: list[Tensor] = []
     start = time.perf_counter()
-    window = min(100, stage.steps)
+    window = min(_WINDOW, stage.steps)
     with tqdm(range(done, stage.steps), desc=name, unit="step", initial=done, total=stage.steps, mininterval=1) as bar:
         for step in range(done + 1, stage.steps + 1):
             optimizer.zero_grad()

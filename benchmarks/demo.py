@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from benchmarks.boltzmann import PERTURBATION, TEMPERATURE, describe, load_data, measure
+from benchmarks.boltzmann_figure import draw
 from benchmarks.boltzmann_training import Stage, train
-from benchmarks.demo_figure import draw
 from benchmarks.environment import save
 from benchmarks.realnvp import real_nvp
 from p4flows.nflows import replace_permutations
@@ -59,24 +59,31 @@ def run(args: Namespace) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The results as a Markdown table, aligned for the terminal too."""
-    header = ["", *results["rows"]]
-    lines = [header]
-    for label, key, form in [
-        ("trainable parameters", "parameters", "{:,}"),
-        ("ms per training step", "ms_per_step", "{:.1f}"),
-        ("held-out NLL (nats)", "nll", "{:.2f}"),
-        ("mean u(x) (kT)", "energy_mean", "{:.3g}"),
-        ("median u(x) (kT)", "energy_median", "{:.2f}"),
-        ("low-energy fraction", "low_energy_fraction", "{:.3f}"),
-        ("Ramachandran JS to MD", "ramachandran_js", "{:.4f}"),
-        ("largest \\|x − F(F⁻¹(x))\\|", "round_trip", "{:.1e}"),
-    ]:
-        cells = [form.format(row[key]) if key in row else "" for row in results["rows"].values()]
-        lines.append([label, *cells])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return comparison(
+        results["rows"],
+        [
+            ("trainable parameters", "parameters", "{:,}"),
+            ("ms per training step", "ms_per_step", "{:.1f}"),
+            ("held-out NLL (nats)", "nll", "{:.2f}"),
+            ("mean u(x) (kT)", "energy_mean", "{:.3g}"),
+            ("median u(x) (kT)", "energy_median", "{:.2f}"),
+            ("low-energy fraction", "low_energy_fraction", "{:.3f}"),
+            ("Ramachandran JS to MD", "ramachandran_js", "{:.4f}"),
+            ("largest \\|x − F(F⁻¹(x))\\|", "round_trip", "{:.1e}"),
+        ],
+    )
+
+
+def comparison(columns: dict[str, dict[str, Any]], lines: list[tuple[str, str, str]]) -> str:
+    """A Markdown table with a column for each origin, and lines (label, key, format)."""
+    cells = [["", *columns]]
+    for label, key, form in lines:
+        values = [column.get(key) for column in columns.values()]
+        cells.append([label, *("" if value is None else form.format(value) for value in values)])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns) + 1)]
     rendered = []
-    for first, *rest in lines:
-        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]
-        rendered.append("| " + " | ".join(cells) + " |")
+    for first, *rest in cells:
+        padded = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]
+        rendered.append("| " + " | ".join(padded) + " |")
     rule = "|" + "-" * (widths[0] + 2) + "|" + "".join("-" * (w + 1) + ":|" for w in widths[1:])
     return "\n".join([rendered[0], rule, *rendered[1:]])

@@ -10,8 +10,8 @@ pytest.importorskip("openmm")
 pytest.importorskip("matplotlib")
 
 from benchmarks import __main__ as command
-from benchmarks import alanine_dipeptide, density2d, linear
-from benchmarks.boltzmann import divergence, histograms, kish
+from benchmarks import alanine_dipeptide, boltzmann_training, density2d, linear
+from benchmarks.boltzmann import divergence, histograms, kish, load_data
 from benchmarks.checkpoint import Checkpoint
 from benchmarks.density2d import RealNVP2d
 from benchmarks.mixing import MIXES, put_between
@@ -160,6 +160,58 @@ def test_alanine_dipeptide_has_the_paper_s_architecture():
         flow = alanine_dipeptide.build(alanine_dipeptide.replace(full, mix=mix))
         counts[mix] = sum(p.numel() for p in flow.parameters())
     assert counts == {"reversed": 735_050, "P4Inv": 744_050}
+
+
+@pytest.mark.filterwarnings("ignore:.*Tight layout.*")
+def test_alanine_dipeptide(monkeypatch, tmp_path):
+    quick = alanine_dipeptide.replace(alanine_dipeptide.QUICK, frames=400, samples=100)
+    monkeypatch.setattr(alanine_dipeptide, "QUICK", quick)
+    results = call(monkeypatch, tmp_path, f"alanine_dipeptide --quick --checkpoints {tmp_path / 'checkpoints'}")
+    rows = results["rows"]
+    assert set(rows) == {"MD", "MD + 0.004 nm", "RealNVP", "RealNVP + P4Inv"}
+    for name in ("RealNVP", "RealNVP + P4Inv"):
+        for stage in ("likelihood", "energy"):
+            measured = rows[name][stage]
+            assert 0 < measured["ess"] <= 1
+            assert measured["round_trip"] < 1e-3
+            assert 0 <= measured["ramachandran_js"] <= 0.7
+            assert measured["unusable_batches"] == 0
+    assert rows["RealNVP + P4Inv"]["likelihood"]["residual"] < 1e-5
+    assert rows["RealNVP + P4Inv"]["likelihood"]["counters"]["merged"] == 6 * 4
+    assert rows["RealNVP + P4Inv"]["energy"]["counters"]["merged"] == 3 * 4
+    # Finished stages are read from their checkpoints.
+    again = call(monkeypatch, tmp_path, f"alanine_dipeptide --quick --checkpoints {tmp_path / 'checkpoints'}")
+    assert again["rows"] == rows
+
+
+@pytest.mark.parametrize("energy_weight", [0.0, 0.05])
+def test_training_goes_on_after_an_interruption(monkeypatch, tmp_path, energy_weight):
+    monkeypatch.setenv("P4FLOWS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(boltzmann_training, "_WINDOW", 4)
+    data = load_data(100)
+    options = {"energy_weight": energy_weight, "every": 3, "schedule": "cosine", "perturbation_lr": 1e-4}
+    stage = boltzmann_training.Stage(20, batch=16, **options)
+    flows = [alanine_dipeptide.build(alanine_dipeptide.replace(alanine_dipeptide.QUICK, mix="P4Inv")) for _ in range(3)]
+    expected = boltzmann_training.train(flows[0], data, stage)
+    save, counts = Checkpoint.save, []
+
+    def interrupted(kept, **numbers):
+        save(kept, **numbers)
+        counts.append(numbers["step"])
+        if len(counts) == 2:
+            raise Interrupted
+
+    monkeypatch.setattr(Checkpoint, "save_if_due", interrupted)
+    with pytest.raises(Interrupted):
+        boltzmann_training.train(flows[1], data, stage, checkpoint=tmp_path / "flow.pt")
+    result = boltzmann_training.train(flows[2], data, stage, checkpoint=tmp_path / "flow.pt")
+    assert counts[:3] == [4, 8, 12]
+    for name, tensor in flows[0].state_dict().items():
+        assert torch.equal(tensor, flows[2].state_dict()[name]), name
+    assert result["curve"] == expected["curve"]
+    assert result["counters"] == expected["counters"]
+    with pytest.raises(ValueError, match="expected a checkpoint of"):
+        boltzmann_training.train(flows[2], data, alanine_dipeptide.replace(stage, steps=21), "", tmp_path / "flow.pt")
 
 
 @pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")  # in nflows' LULinear

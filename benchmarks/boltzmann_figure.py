@@ -1,4 +1,4 @@
-"""The demo's picture, in the manner of Figure 7: energies beside three Ramachandran plots."""
+"""Pictures of Boltzmann generators in the manner of Figure 7: energies beside Ramachandran plots, training curves."""
 
 from __future__ import annotations
 
@@ -16,10 +16,16 @@ __all__ = ["draw"]
 _COLORS = {"MD": "#444444", "MD + 0.004 nm": "#e08214", "RealNVP": "#2166ac", "RealNVP + P4Inv": "#1b7837"}
 
 
-def draw(samples: dict[str, Samples], rows: dict[str, Any], path: Path) -> Path:
+def draw(samples: dict[str, Samples], rows: dict[str, Any], path: Path, stages: tuple[str, ...] = ()) -> Path:
+    """``rows`` has what was measured for each origin of samples; with ``stages``, the training curves under these."""
     plt.switch_backend("agg")
-    figure = plt.figure(figsize=(17, 4.9), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 2.3])
+    figure = plt.figure(figsize=(17, 9.2 if stages else 4.9), layout="constrained")
+    upper = figure
+    if stages:
+        upper, lower = figure.subfigures(2, 1, height_ratios=[1.15, 1])
+        for ax, stage in zip(lower.subplots(1, len(stages)), stages, strict=True):
+            _curves(ax, rows, stage)
+    left, right = upper.subfigures(1, 2, width_ratios=[1, 2.3])
     _energies(left.subplots(), samples, rows)
     names = [name for name in samples if name != "MD + 0.004 nm"]
     axes = right.subplots(1, len(names), sharey=True)
@@ -52,6 +58,20 @@ def _energies(ax: plt.Axes, samples: dict[str, Samples], rows: dict[str, Any]) -
     ax.set_ylim(low, high)
     ax.set_ylabel("u(x) (kT)")
     ax.set_title("Energies; medians, and fraction below the highest of MD", fontsize=11)
+
+
+def _curves(ax: plt.Axes, rows: dict[str, Any], stage: str) -> None:
+    for name, row in rows.items():
+        if stage in row:
+            training = row[stage]
+            steps = np.linspace(0, training["steps"], len(training["curve"]) + 1)[1:]
+            ax.plot(steps, training["curve"], color=_COLORS[name], label=name)
+            # The first steps would hide the rest.
+            low, high = np.quantile(training["curve"], [0, 0.9])
+            ax.set_ylim(min(low - 0.1 * (high - low), ax.get_ylim()[0]), high + (high - low))
+    ax.set_xlabel("step")
+    ax.set_title(f"loss, training by {stage}", fontsize=11)
+    ax.legend()
 
 
 def _ramachandran(ax: plt.Axes, s: Samples):
