@@ -8,6 +8,7 @@ from importlib import import_module
 COMMANDS = {
     "demo": "alanine dipeptide with fixed and with learned swaps; what `make demo` runs",
     "alanine_dipeptide": "the Boltzmann generators of Figure 7, at the scale of the paper",
+    "bridge": "energies and forces a second, beside bgflow's bridge",
     "cost": "time and memory of a training evaluation against width (Figure 2)",
     "linear": "linear problems, Figures 3 to 5",
     "merge": "time of a merge",

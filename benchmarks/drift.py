@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -137,12 +138,13 @@ def _perturbation(i: int, run: _Ours | _Bgflow, generator: torch.Generator, adve
 def _errors(A: Tensor, A_inv: Tensor, logabsdet: Tensor) -> dict[str, float]:
     exact = A.double()
     best = torch.linalg.inv(exact).to(A.dtype).double()
-    return {
+    errors = {
         "residual": algebra.residual(exact, A_inv.double()).abs().max().item(),
         "residual_of_rounded_inverse": algebra.residual(exact, best).abs().max().item(),
         "logabsdet_error": (torch.linalg.slogdet(exact)[1] - logabsdet.double()).abs().item(),
         "condition": torch.linalg.cond(exact).item(),
     }
+    return {key: value if math.isfinite(value) else None for key, value in errors.items()}  # JSON has no infinity
 
 
 def _training_step(layer: nn.Module, optimizer: torch.optim.Optimizer) -> float:
@@ -160,18 +162,19 @@ def _training_step(layer: nn.Module, optimizer: torch.optim.Optimizer) -> float:
     return sorted(times)[len(times) // 2]
 
 
+def _number(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
 def table(results: dict[str, Any]) -> str:
     """The worst errors of each run, as a Markdown table."""
     header = ["n", "method", "perturbations", "merges", "largest residual", "of the rounded exact inverse"]
     header += ["largest error of ln\\|det\\|", "corrections", "error control, of merges and steps"]
     lines = [header, ["---:", "---", "---", *["---:"] * 6]]
     for row in results["rows"]:
-        worst = max(row["errors"], key=lambda e: e["residual"])
-        errors = (
-            worst["residual"],
-            worst["residual_of_rounded_inverse"],
-            max(e["logabsdet_error"] for e in row["errors"]),
-        )
+        worst = max(row["errors"], key=lambda e: _number(e["residual"]))
+        wrong = max(_number(e["logabsdet_error"]) for e in row["errors"])
+        errors = _number(worst["residual"]), worst["residual_of_rounded_inverse"], wrong
         control = ["–", "–"]
         if "counters" in row:
             share = row["error_control_s"] / (row["merge_s"] + row["step_s"])

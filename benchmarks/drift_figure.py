@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def draw(results: dict[str, Any], path: Path) -> Path:
             }
             # What is exactly zero cannot be shown on a logarithmic axis.
             for ax, key in zip(column, ("residual", "logabsdet_error"), strict=True):
-                ax.plot(merges, [max(e[key], 1e-17) for e in row["errors"]], **style)
+                ax.plot(merges, [math.nan if e[key] is None else max(e[key], 1e-17) for e in row["errors"]], **style)
             if row["method"] == "P4Inv" and row["dtype"] == "float32" and row["perturbations"] == "random":
                 best = [max(e["residual_of_rounded_inverse"], 1e-17) for e in row["errors"]]
                 column[0].plot(merges, best, color="black", linewidth=0.8, label="exact inverse, rounded to float32")

@@ -166,7 +166,7 @@ def drifted(state: Matrices) -> Tensor:
     if large.any():
         large &= ~(residual <= 1000 * algebra.rounding_floor(A, A_inv))
     if rounded is not None:
-        relative = 0.2 * torch.linalg.matrix_norm(A) * inverse_norm / n**0.5
+        relative = 0.2 * torch.linalg.matrix_norm(rounded[0]).double() * inverse_norm / n**0.5
         large |= ~(relative < _ROUNDING_LARGE)
         noticed = relative / n**0.5 > _ROUNDING_NOTICED
         new = torch.zeros_like(rounding)
