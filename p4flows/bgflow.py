@@ -16,7 +16,7 @@ except ImportError as error:
 except AttributeError as error:
     raise ImportError("bgflow does not run with NumPy 2: pip install 'numpy<2'") from error
 
-from p4flows._checks import integer
+from p4flows._checks import choice, integer, items
 from p4flows.activations import BentIdentity
 from p4flows.invertible import P4Inv
 
@@ -137,18 +137,21 @@ def replace_swaps(
     Raises:
         ValueError: for another ``init``, and if ``flow`` is itself a SwapFlow, which has no place to put another into.
     """
-    if init not in ("swap", "reverse"):
-        raise ValueError(f'init: expected "swap" or "reverse", got {init!r}')
-    rank = integer("rank", rank, 1)
+    choice("init", init, ("swap", "reverse"))
+    rank, seed = integer("rank", rank, 1), integer("seed", seed)
     if not isinstance(flow, nn.Module) or isinstance(flow, SwapFlow):
         raise ValueError(f"flow: expected a flow that contains SwapFlows, got a {type(flow).__name__} itself")
+    inputs = (example,) if isinstance(example, Tensor) else example
+    items("example", inputs, "a tensor or a tuple of tensors", lambda x: isinstance(x, Tensor))
     places = list(_swaps(flow))
     recorders = [_Recorder() for _ in places]
     try:
         for (_, parent, name, _), recorder in zip(places, recorders, strict=True):
             setattr(parent, name, recorder)
         with torch.no_grad():
-            flow(*((example,) if isinstance(example, Tensor) else example))
+            flow(*inputs)
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"example: expected an input that the flow accepts; it says: {error}") from error
     finally:
         for _, parent, name, swap in places:
             setattr(parent, name, swap)
@@ -184,6 +187,8 @@ def as_bgflow_energy(energy: Any) -> Energy:
 
     Its ``energy(x, temperature=T)`` divides by T, which is in units of the energy's own temperature.
     """
+    if not isinstance(getattr(energy, "n_atoms", None), int) or not callable(energy):
+        raise ValueError(f"energy: expected a p4flows.molecules.OpenMMEnergy, got {type(energy).__name__}")
     return _BridgedEnergy(energy)
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
     raise ImportError("p4flows.lightning needs Lightning: pip install 'p4flows[lightning]'") from error
 
+from p4flows.linear import P4Linear
 from p4flows.scheduler import MergeScheduler
 
 __all__ = ["MergeCallback"]
@@ -25,13 +28,16 @@ class MergeCallback(Callback):
         options: those of :class:`p4flows.MergeScheduler`, such as ``every`` or ``add_penalty``.
 
     Raises:
-        ValueError: when training starts, if no single optimizer holds the perturbations of all P4 layers.
+        ValueError: for wrong options; and when training starts, if no single optimizer holds the perturbations of all
+            P4 layers.
 
     Attributes:
         scheduler: the :class:`p4flows.MergeScheduler`, or None before training starts.
     """
 
     def __init__(self, **options: Any) -> None:
+        layer = P4Linear(1, 1)
+        MergeScheduler(layer, torch.optim.SGD(layer.parameters()), **options)  # so that wrong options are an error here
         self.options = options
         self.scheduler: MergeScheduler | None = None
         self._loaded: dict[str, Any] | None = None

@@ -129,11 +129,38 @@ else:
 
     CALLS["replace_permutations"] = replace, {"rank": 1, "linear": True, "example": torch.ones(2, 3), "seed": 0}
     CALLS["replace_permutations in"] = p4flows.nflows.replace_permutations, {"flow_or_transform": None}
+try:
+    from p4flows.lightning import MergeCallback
+except ImportError:
+    pass
+else:
+    CALLS["MergeCallback"] = MergeCallback, {"every": 10, "correct_every": 50, "reset": "v", "add_penalty": False}
+try:
+    import bgflow
+
+    import p4flows.bgflow
+except ImportError:
+    pass
+else:
+
+    def swaps(**more):
+        flow = bgflow.SequentialFlow([bgflow.SplitFlow(2), bgflow.SwapFlow(), bgflow.MergeFlow(1)])
+        return p4flows.bgflow.replace_swaps(flow, **{"example": torch.ones(2, 3)} | more)
+
+    CALLS |= {
+        "P4InvSwap": (p4flows.bgflow.P4InvSwap, {"dim0": 1, "dim1": 2, "rank": 1, "init": "swap", "seed": 0}),
+        "replace_swaps in": (lambda flow: p4flows.bgflow.replace_swaps(flow, torch.ones(2, 2)), {"flow": None}),
+        "replace_swaps": (swaps, {"example": torch.ones(2, 3), "init": "swap", "rank": 1, "seed": 0}),
+        "from_pppp": (p4flows.bgflow.from_pppp, {"layer": None}),
+        "to_pppp": (p4flows.bgflow.to_pppp, {"layer": None}),
+        "as_bgflow_energy": (p4flows.bgflow.as_bgflow_energy, {"energy": None}),
+    }
 
 RUNS = [(name, argument) for name, (_, arguments) in CALLS.items() for argument in arguments]
 
 
-@pytest.mark.filterwarnings("ignore:MergeScheduler has nothing", "ignore:replace_permutations found nothing")
+@pytest.mark.filterwarnings("ignore:MergeScheduler has nothing", "ignore:replace_.* found nothing")
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # in bgflow
 @pytest.mark.parametrize(("name", "argument"), RUNS, ids=[f"{name}-{argument}" for name, argument in RUNS])
 def test_wrong_arguments(name, argument, tmp_path, monkeypatch):
     monkeypatch.setenv("P4FLOWS_CACHE", str(tmp_path))
