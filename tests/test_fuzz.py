@@ -160,7 +160,7 @@ RUNS = [(name, argument) for name, (_, arguments) in CALLS.items() for argument 
 
 
 @pytest.mark.filterwarnings("ignore:MergeScheduler has nothing", "ignore:replace_.* found nothing")
-@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # in bgflow
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence", "ignore:applying swapping on a single")  # of bgflow
 @pytest.mark.parametrize(("name", "argument"), RUNS, ids=[f"{name}-{argument}" for name, argument in RUNS])
 def test_wrong_arguments(name, argument, tmp_path, monkeypatch):
     monkeypatch.setenv("P4FLOWS_CACHE", str(tmp_path))
