@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from nflows.flows import Flow
-from nflows.transforms import IdentityTransform, LULinear, RandomPermutation, ReversePermutation, Transform
+from nflows.transforms import LULinear, Permutation, RandomPermutation, ReversePermutation, Transform
 from torch import Tensor, nn
 
 from p4flows.nflows import replace_permutations
@@ -30,8 +30,13 @@ class Dense(Transform):
         return torch.linalg.slogdet(self.weight)[1].expand(len(inputs))
 
 
+def _halves(features: int) -> Permutation:
+    """The halves exchanged: no more than alternating masks."""
+    return Permutation(torch.arange(features).roll(features // 2))
+
+
 MIXES = {
-    "nothing": lambda n: IdentityTransform(),
+    "alternating masks": _halves,
     "reversed": ReversePermutation,
     "random": RandomPermutation,
     "LU": lambda n: LULinear(n, identity_init=True),

@@ -142,7 +142,7 @@ def replace_swaps(
     if not isinstance(flow, nn.Module) or isinstance(flow, SwapFlow):
         raise ValueError(f"flow: expected a flow that contains SwapFlows, got a {type(flow).__name__} itself")
     inputs = (example,) if isinstance(example, Tensor) else example
-    items("example", inputs, "a tensor or a tuple of tensors", lambda x: isinstance(x, Tensor))
+    items("example", inputs, "one or more tensors", lambda x: isinstance(x, Tensor) and x.is_floating_point())
     places = list(_swaps(flow))
     recorders = [_Recorder() for _ in places]
     try:
