@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,7 +39,10 @@ def save(name: str, results: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Write results with the environment to ``folder/name.json``."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), **results}, indent=2) + "\n")
+    text = json.dumps({"environment": environment(), **results}, indent=2)
+    # Lists of numbers on one line each.
+    text = re.sub(r"\[\s+([^\[\]{}]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    path.write_text(text + "\n")
     return path
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cost, demo, drift, merge, step
+from benchmarks import cost, demo, drift, linear, merge, step
 from benchmarks.environment import RESULTS
 
 __all__ = ["add_arguments", "render", "run"]
@@ -22,6 +22,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "merge": merge.table,
     "step": step.table,
     "drift": drift.table,
+    "linear": linear.table,
 }
 
 
