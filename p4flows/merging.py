@@ -26,7 +26,7 @@ from p4flows.perturbation import Correction, MergeOutcome
 if TYPE_CHECKING:
     from p4flows.tracked import TrackedInverse
 
-__all__ = ["Group", "Matrices", "correct_", "drifted", "fits", "largest", "merge_", "redraw_"]
+__all__ = ["Group", "Matrices", "correct_", "drifted_", "fits", "largest", "merge_", "redraw_"]
 
 _log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def merge_(state: Matrices, *, force: bool, bounds_update: Bounds, bounds_det: B
     sane = storable & _within(log_G, bounds_update) & _within(log_G + logabsdet_A, bounds_det)
     accepted = finite & (storable if force else sane)
 
-    if accepted.is_cuda or accepted.any():
+    if not accepted.is_cpu or accepted.any():  # elsewhere, asking would mean waiting
         keep = accepted[:, None, None]
         algebra.low_rank_update_(A, torch.where(keep, U_new, 0), V_new.mT)
         algebra.low_rank_update_(A_inv, torch.where(keep, -W, 0), torch.where(keep, K, 0))
@@ -153,7 +153,7 @@ def _probes(n: int, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def drifted(state: Matrices) -> Tensor:
+def drifted_(state: Matrices) -> Tensor:
     """Whether A_inv is in need of correction, by O(n²) estimates, (L,).
 
     On the way, ln|det A| is made that of the rounded A where the difference is worth it. To first order,
@@ -196,10 +196,10 @@ def correct_(state: Matrices, which: Tensor | None = None, order: int | None = N
     A, A_inv = state.A[rows], state.A_inv[rows]
     target = algebra.rounding_floor(A, A_inv)
     inverted = torch.zeros_like(done[rows], dtype=torch.bool)
-    for _ in range(4):
+    for _ in range(5):
         R = algebra.residual(A, A_inv)
         size = torch.linalg.matrix_norm(R)
-        hopeless = ~(size < 1)
+        hopeless = ~(size < 1) & ~inverted
         if hopeless.any():
             inverted |= hopeless
             corrected = torch.where(hopeless[:, None, None], torch.linalg.inv_ex(A).inverse, A_inv)
@@ -208,7 +208,7 @@ def correct_(state: Matrices, which: Tensor | None = None, order: int | None = N
             corrected = algebra.hyperpower(A_inv, R, step)
         kept = corrected.isfinite().all(-1).all(-1)
         A_inv = torch.where(kept[:, None, None], corrected, A_inv)
-        if hopeless.any() or order is not None or (size**step <= target).all():
+        if not hopeless.any() and (order is not None or (size**step <= target).all()):
             break
     state.A_inv[rows] = A_inv
     state.round_()

@@ -13,7 +13,7 @@ from p4flows import algebra
 from p4flows._checks import Bounds, bounds, flag, integer, number
 from p4flows._random import normal
 from p4flows.initial import InitialMatrix
-from p4flows.merging import Group, correct_, drifted, merge_, redraw_
+from p4flows.merging import Group, correct_, drifted_, merge_, redraw_
 from p4flows.perturbation import P4Layer
 
 __all__ = ["TrackedInverse"]
@@ -238,7 +238,7 @@ class TrackedInverse(P4Layer):
         vectors, is above ε of the layer's dtype (1e-10 for float64, or 1000 times what rounding leaves).
         """
         states = (layers if isinstance(layers, Group) else Group(layers)).states()
-        return cls._joined([correct_(state, drifted(state) if where_needed else None) for state in states], layers)
+        return cls._joined([correct_(state, drifted_(state) if where_needed else None) for state in states], layers)
 
     def penalty(self) -> Tensor:
         r"""The penalty of Appendix A, summed over *batch, a differentiable scalar () in float64:

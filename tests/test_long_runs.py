@@ -7,7 +7,7 @@ import torch
 from registry import matrix
 
 from p4flows import Correction, MergeScheduler, P4Inv, P4InvStack, algebra
-from p4flows.merging import Group, drifted
+from p4flows.merging import Group, drifted_
 
 
 def exact_inverse_residual(A):
@@ -149,13 +149,22 @@ def test_only_what_has_drifted_is_corrected():
     layers = [P4Inv(8, seed=i) for i in range(5)]
     layers[3].A_inv_double.mul_(1.01)
     (state,) = Group(layers).states()
-    assert drifted(state).tolist() == [False, False, False, True, False]
+    assert drifted_(state).tolist() == [False, False, False, True, False]
     before = [layer.A_inv_double.clone() for layer in layers]
     outcomes = P4Inv.correct_all(layers, where_needed=True)
     assert outcomes.tolist() == [0, 0, 0, Correction.ITERATED, 0]
     for i, (layer, old) in enumerate(zip(layers, before, strict=True)):
         assert torch.equal(layer.A_inv_double, old) == (i != 3)
         torch.testing.assert_close(layer.A_inv, layer.A_inv_double.float(), rtol=0, atol=0)
+
+
+def test_inverting_one_matrix_does_not_leave_another_uncorrected():
+    layers = [P4Inv(8, seed=i) for i in range(3)]
+    layers[0].A_inv_double.mul_(1.01)
+    layers[2].A_inv_double.mul_(5.0)
+    assert P4Inv.correct_all(layers).tolist() == [Correction.ITERATED, Correction.ITERATED, Correction.INVERTED]
+    for layer in layers:
+        torch.testing.assert_close(layer.A_inv_double, torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-14)
 
 
 def test_a_skipped_round_is_not_probed(monkeypatch):
