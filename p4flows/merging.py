@@ -3,8 +3,10 @@
 Every function works in place on tensors with a leading dimension L of layers: A, A_inv (L, n, n), U, V (L, n, k),
 sign_A, logabsdet_A, seed, merges (L,). Here A and A_inv are in float64, and ``rounded`` is what the layers compute
 with, in their own dtype: rounding A anew at every merge would move it away from A_inv by rounding errors that add up
-(at n = 512 in float32, to a residual 200 times that of the rounded inverse within 20 merges). Merge decisions stay on
-the device.
+(at n = 512 in float32, to a residual 200 times that of the rounded inverse within 20 merges). Refining W and Vᵀ A⁻¹
+against A at each merge is no way out: the formula of Sherman and Morrison moves A⁻¹ along with the error that it has,
+while refined factors leave that error behind, to grow with every change of the condition. Merge decisions stay on the
+device.
 """
 
 from __future__ import annotations
