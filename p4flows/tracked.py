@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,36 +11,23 @@ from torch import Tensor, nn
 from p4flows import algebra
 from p4flows._checks import Bounds, bounds, flag, integer, number
 from p4flows._random import normal
+from p4flows.frozen import FrozenMatrices
 from p4flows.initial import InitialMatrix
 from p4flows.merging import Group, correct_, drifted_, merge_, redraw_
-from p4flows.perturbation import P4Layer
 
 __all__ = ["TrackedInverse"]
 
-Self = TypeVar("Self", bound="TrackedInverse")
 
-
-class TrackedInverse(P4Layer):
+class TrackedInverse(FrozenMatrices):
     """One matrix ``A + U Vᵀ`` (n, n), or many under leading dimensions (*batch, n, n), trained by Algorithm 2.
 
-    Attributes, one or *batch of each: parameters U, V (n, k); buffers A, A_inv (n, n); A_double, A_inv_double (n, n),
-    what these are rounded from, or None where the layer is in float64 itself; logabsdet_A, sign_A (), float64
-    whatever the layer's dtype, and rounding (), the part of logabsdet_A that is owed to the rounding of A; seed,
-    merges (), int64. A subclass creates them, and says what the map is.
+    Attributes, one or *batch of each: those of :class:`p4flows.frozen.FrozenMatrices`; parameters U, V (n, k); buffers
+    seed, merges (), int64. A subclass creates them, and says what the map is.
     """
-
-    _version = 2  # of the state dict; version 1 had no A_double and A_inv_double
 
     U: nn.Parameter
     V: nn.Parameter
     bias: nn.Parameter | None
-    A: Tensor
-    A_inv: Tensor
-    A_double: Tensor | None
-    A_inv_double: Tensor | None
-    sign_A: Tensor
-    logabsdet_A: Tensor
-    rounding: Tensor
     seed: Tensor
     merges: Tensor
 
@@ -64,12 +50,7 @@ class TrackedInverse(P4Layer):
 
     def _register(self, start: InitialMatrix, seed: Tensor, bias: bool) -> None:
         """Create all tensors: the frozen ones from ``start``, the perturbation zero with the first V of ``seed``."""
-        for name, value in (("A", start.A), ("A_inv", start.A_inv)):
-            self.register_buffer(name, value)
-            self.register_buffer(f"{name}_double", value.double() if value.dtype != torch.float64 else None)
-        self.register_buffer("sign_A", start.sign)
-        self.register_buffer("logabsdet_A", start.logabsdet)
-        self.register_buffer("rounding", torch.zeros_like(start.logabsdet))
+        self._register_frozen(start)
         self.register_buffer("seed", seed)
         self.register_buffer("merges", torch.zeros_like(seed))
         V = normal(seed, self.merges, (self.features, self.rank)).to(start.A.dtype)
@@ -77,39 +58,6 @@ class TrackedInverse(P4Layer):
         self.V = nn.Parameter(V)
         zero = torch.zeros_like(start.A[..., 0])
         self.register_parameter("bias", nn.Parameter(zero) if flag("bias", bias) else None)
-
-    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # .float(), .half() and .to(dtype) must round neither the log-determinant nor what A and A_inv are rounded from.
-        dtype = self.A.dtype
-        names = ("A", "A_inv") if dtype == torch.float64 else ("A_double", "A_inv_double")
-        scalars = ("sign_A", "logabsdet_A", "rounding")
-        exact = {name: getattr(self, name) for name in (*names, *scalars)}
-        super()._apply(fn, recurse)
-        for name in scalars if self.A.dtype != dtype else exact:
-            if getattr(self, name).dtype != exact[name].dtype:
-                setattr(self, name, exact[name].to(self.A.device))
-        if self.A.dtype != dtype:
-            self.logabsdet_A = self.logabsdet_A - self.rounding  # that of other rounding errors from now on
-            self.rounding = torch.zeros_like(self.rounding)
-            for name, old in zip(("A", "A_inv"), names, strict=True):
-                double = exact[old].to(self.A.device)
-                setattr(self, name, double.to(self.A.dtype))
-                setattr(self, f"{name}_double", None if self.A.dtype == torch.float64 else double)
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments: Any) -> None:
-        for name in ("A", "A_inv"):
-            stored, exact = state_dict.get(prefix + name), state_dict.pop(f"{prefix}{name}_double", None)
-            exact = stored if exact is None else exact
-            if exact is not None:
-                # Of a layer in float64 or of version 1 there is one matrix; into a layer in float64 goes the exact one.
-                both = getattr(self, f"{name}_double") is not None
-                state_dict |= {f"{prefix}{name}_double": exact.double()} if both else {prefix + name: exact}
-        logabsdet, rounding = (state_dict.get(prefix + key) for key in ("logabsdet_A", "rounding"))
-        if logabsdet is not None and (rounding is None or self.A_double is None):
-            exact = logabsdet if rounding is None else logabsdet - rounding
-            state_dict |= {prefix + "logabsdet_A": exact, prefix + "rounding": torch.zeros_like(exact)}
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @property
     def matrix(self) -> Tensor:
