@@ -16,7 +16,8 @@ COMMANDS = {
     "step": "time of a training step of deep networks, eager and compiled",
     "density2d": "two-dimensional densities, Figures 6 and 8",
     "drift": "errors of inverse and log-determinant over up to 100,000 merges",
-    "tabular": "where learned mixing pays: real data, permutations, LU and P4Inv",
+    "swaps": "where learned mixing pays: real data, permutations, LU and P4Inv by the number of couplings",
+    "perturbation": "how to train a perturbation by Adam: learning rate, optimizer state, merge interval",
     "readme": "copy the result tables into README.md",
 }
 

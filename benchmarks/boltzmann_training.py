@@ -34,7 +34,7 @@ class Stage:
     schedule: str = "constant"  # or "cosine"
     energy_weight: float = 0.0
     every: int = 10
-    reset: str = "v"
+    reset: str = "momentum"
     seed: int = 0
 
 

@@ -27,6 +27,10 @@ _INITIAL = {
 }
 
 
+# Averages of gradients: they point somewhere, the others only say how large gradients are.
+_FIRST_MOMENTS = {"momentum_buffer", "exp_avg", "grad_avg"}
+
+
 class StateReset:
     """Sets the optimizer state of parameters of one shape back to its initial values, in place.
 
@@ -39,7 +43,7 @@ class StateReset:
         self._stacks: dict[tuple, Stacked] = defaultdict(Stacked)
 
     @torch.no_grad()
-    def __call__(self, which: Tensor) -> None:
+    def __call__(self, which: Tensor, first_moments_only: bool = False) -> None:
         """Reset the state of the i-th parameter where ``which[i]``, a bool tensor (len(parameters),) on their device.
 
         Moments are selected on the device; the host waits at most once, for optimizers that keep their step counts
@@ -58,6 +62,8 @@ class StateReset:
                         f"optimizer: the initial value of {type(self.optimizer).__name__}'s state {name!r} "
                         'is not known; use reset="none"'
                     )
+                continue
+            if first_moments_only and name not in _FIRST_MOMENTS:
                 continue
             places = [value.device if isinstance(value, Tensor) else type(value) for value in values]
             for place in dict.fromkeys(places):

@@ -65,9 +65,10 @@ class MergeScheduler:
         correct_every: every so many merges all inverses are corrected, as the paper does (50), see
             :meth:`P4Inv.correct`. None for only where it is needed: after every round of merges an O(n²) estimate of
             the residual says where that is, and there they are corrected at once, whatever this is set to.
-        reset: whose optimizer state (moments, step counts) goes back to its initial value when a layer has merged:
-            "v", that of the redrawn V, as the authors' code does; "all", that of U too, as the paper's text has
-            it; "none". After a perturbation that was not finite, everything of U and V goes back.
+        reset: what goes back to its initial value in the optimizer's state when a layer has merged: "momentum", the
+            first moments of U and V, which belong to the old V, while second moments and step counts say how large
+            gradients are, whatever V; "v", all state of the redrawn V, as the authors' code does; "all", all state of
+            U too, as the paper's text has it; "none". After a perturbation that was not finite, all of both goes back.
         add_penalty: add the gradient of :meth:`penalty` to the parameters' gradients just before each optimizer step,
             for training loops whose loss is out of reach. Otherwise add :meth:`penalty` to the loss yourself, or not.
 
@@ -102,13 +103,13 @@ class MergeScheduler:
         every: int = 10,
         force_every: int | None = 10,
         correct_every: int | None = None,
-        reset: str = "v",
+        reset: str = "momentum",
         add_penalty: bool = False,
     ) -> None:
         self.every = integer("every", every, 1)
         self.force_every = None if force_every is None else integer("force_every", force_every, 1)
         self.correct_every = None if correct_every is None else integer("correct_every", correct_every, 1)
-        self.reset = choice("reset", reset, ("all", "v", "none"))
+        self.reset = choice("reset", reset, ("momentum", "all", "v", "none"))
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -246,6 +247,8 @@ class MergeScheduler:
         merged = outcomes != MergeOutcome.SKIPPED
         if outcomes.ndim > 1:  # an optimizer counts the steps of a parameter as one
             broken, merged = (any_of.flatten(1).any(1) for any_of in (broken, merged))
-        for columns, on_merge in zip(resets, (self.reset != "none", self.reset == "all"), strict=True):
+        for columns, on_merge in zip(resets, (self.reset in ("v", "all"), self.reset == "all"), strict=True):
             for reset in columns:
                 reset(merged if on_merge else broken)
+                if self.reset == "momentum":
+                    reset(merged, first_moments_only=True)

@@ -12,7 +12,7 @@ pytest.importorskip("openmm")
 pytest.importorskip("matplotlib")
 
 from benchmarks import __main__ as command
-from benchmarks import alanine_dipeptide, boltzmann_training, density2d, linear, mnist
+from benchmarks import alanine_dipeptide, boltzmann_training, density2d, linear, mnist, perturbation, swaps
 from benchmarks.boltzmann import divergence, histograms, kish, load_data
 from benchmarks.checkpoint import Checkpoint
 from benchmarks.density2d import RealNVP2d
@@ -28,7 +28,8 @@ def call(monkeypatch, tmp_path, arguments):
     monkeypatch.setattr("sys.argv", ["benchmarks", *arguments.split(), "--out", str(tmp_path)])
     command.main()
     name = arguments.split()[0]
-    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    if name != "perturbation":  # which has a table only
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
     return json.loads((tmp_path / f"{name}.json").read_text())
 
 
@@ -278,3 +279,39 @@ def test_effective_sample_size_and_histograms():
     assert p.sum() == q.sum() == pytest.approx(1)
     assert divergence(p, p) == 0
     assert divergence(p, q) > 0.1
+
+
+# --- where learned mixing pays -------------------------------------------------------------------------------
+
+
+def test_swaps(monkeypatch, tmp_path):
+    parts = f"--jobs 1 --parts {tmp_path / 'parts'}"
+    results = call(monkeypatch, tmp_path, f"swaps --quick --data breast-cancer {parts}")
+    rows = {row["mix"]: row for row in results["rows"]}
+    assert set(rows) == {"alternating masks", "reversed", "random", "LU", "P4Inv, rank 1", "P4Inv, rank 8"}
+    for mix, row in rows.items():
+        assert row["nll"] <= row["last_nll"] + 1e-9
+        assert row["equal_time"]["steps"] <= row["steps"] == 20
+        if mix in ("alternating masks", "reversed", "random"):
+            assert row["equal_time"]["nll"] == row["nll"]  # read from the same file
+    # After 20 steps a dense map is far ahead of permutations, and a perturbation of rank 8 of one of rank 1.
+    assert max(rows["LU"]["nll"], rows["P4Inv, rank 8"]["nll"]) < rows["P4Inv, rank 1"]["nll"] < rows["reversed"]["nll"]
+
+
+def test_swaps_of_equal_settings_are_equal():
+    setting = {"data": "breast-cancer", "couplings": 2, "mix": "P4Inv, rank 8", "seed": 3, "steps": 12}
+    setting |= {"batch": 32, "hidden": 8, "lr": 1e-3, "frames": 0}
+    same, again = (swaps.train(**setting)["nll"] for _ in range(2))
+    assert same == again
+    assert swaps.train(**setting, reset="all", every=4)["nll"] != same
+    assert swaps.train(**setting, perturbation_lr=1e-5)["nll"] > same
+
+
+def test_perturbation(monkeypatch, tmp_path):
+    monkeypatch.setattr(perturbation, "_FLOW", perturbation._FLOW | {"data": "breast-cancer"})
+    parts = f"--jobs 1 --parts {tmp_path / 'parts'}"
+    results = call(monkeypatch, tmp_path, f"perturbation --quick {parts}")
+    assert len(results["rows"]) == 2 + 2 * 4 * 4
+    lines = perturbation.table(results).splitlines()
+    assert len(lines) == 2 + 2 + 2 * 4
+    assert len({line.count("|") for line in lines}) == 1

@@ -1,4 +1,4 @@
-"""The picture of `tabular`: held-out NLL against the number of couplings, for every mix."""
+"""The picture of `swaps`: held-out NLL against the number of couplings, for every mix."""
 
 from __future__ import annotations
 
