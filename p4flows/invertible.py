@@ -24,8 +24,8 @@ class P4Inv(TrackedInverse):
 
     so that both directions and the log-determinant cost O(n²), with gradients for U, V, b and the input. Merging
     (:meth:`merge`, usually called by :class:`p4flows.MergeScheduler`) moves ``U Vᵀ`` into A and starts a new
-    perturbation, U = 0 and V ~ N(0, 1), without changing the layer's function (Algorithm 2). ``train()`` and
-    ``eval()`` compute the same function.
+    perturbation, U = 0 and a random V, without changing the layer's function (Algorithm 2). V ~ N(0, 1) for k = 1; for
+    more, its columns are orthogonal and of norm √n. ``train()`` and ``eval()`` compute the same function.
 
     Args:
         features: n, the size of the last dimension of the input.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from p4flows._checks import flag, floating, integer, move
-from p4flows._random import normal
+from p4flows._random import directions
 from p4flows.merging import fits, largest, redraw_
 from p4flows.perturbation import Correction, MergeOutcome, P4Layer
 
@@ -20,7 +20,7 @@ class P4Linear(P4Layer):
     r"""Linear layer ``y = (A + U Vᵀ) x + b`` of any shape, trained through the perturbation ``U Vᵀ`` of rank k.
 
     There is no inverse and no determinant to track: what is left of P4 is that only k (m + n) numbers are trained at a
-    time, not m n. With U = 0 and V ~ N(0, 1) at every merge, ``E[V Vᵀ] = k I``: by SGD at the learning rate η / k it
+    time, not m n. With U = 0 and a random V at every merge, ``E[V Vᵀ] = k I``: by SGD at the learning rate η / k it
     descends, on average, as ``nn.Linear`` does at η.
 
     Args:
@@ -79,7 +79,7 @@ class P4Linear(P4Layer):
         self.register_parameter("bias", None if b is None else nn.Parameter(b))
         self.register_buffer("seed", torch.tensor(integer("seed", seed), dtype=torch.int64))
         self.register_buffer("merges", torch.zeros((), dtype=torch.int64))
-        V = normal(self.seed, self.merges, (self.in_features, self.rank)).to(dtype)
+        V = directions(self.seed, self.merges, self.in_features, self.rank).to(dtype)
         self.U = nn.Parameter(torch.zeros(self.out_features, self.rank, dtype=dtype))
         self.V = nn.Parameter(V)
         move(self, device)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from p4flows import algebra
 from p4flows._checks import Bounds
-from p4flows._random import normal
+from p4flows._random import directions
 from p4flows._stacked import Stacked
 from p4flows.perturbation import Correction, MergeOutcome
 
@@ -143,7 +143,7 @@ def merge_(state: Matrices, *, force: bool, bounds_update: Bounds, bounds_det: B
 def redraw_(U: Tensor, V: Tensor, seed: Tensor, merges: Tensor, which: Tensor) -> None:
     """Start a new perturbation, U = 0 and the next V of its seed, where ``which`` (L,)."""
     merges.add_(which)
-    drawn = normal(seed, merges, tuple(V.shape[1:])).to(V.dtype)
+    drawn = directions(seed, merges, *V.shape[1:]).to(V.dtype)
     V.copy_(torch.where(which[:, None, None], drawn, V))
     U.masked_fill_(which[:, None, None], 0)
 

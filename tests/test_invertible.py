@@ -8,7 +8,7 @@ from registry import PERMUTATION, matrix, perturb
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from p4flows import MergeOutcome, P4Inv, algebra
-from p4flows._random import normal
+from p4flows._random import directions, normal
 
 ranks = pytest.mark.parametrize("rank", [1, 3])
 
@@ -167,6 +167,19 @@ def test_reset_drops_the_perturbation():
     layer.reset()
     assert torch.equal(layer.matrix, A)
     assert layer.merges == 1
+
+
+@pytest.mark.parametrize(("n", "k"), [(5, 2), (40, 8), (6, 6)])
+def test_directions_of_higher_rank_are_orthogonal_and_cover_all_alike(n, k):
+    seeds = torch.arange(2000)
+    V = directions(seeds, torch.zeros_like(seeds), n, k)
+    torch.testing.assert_close(V.mT @ V, n * torch.eye(k).double().expand(len(V), k, k))
+    covered = V @ V.mT
+    torch.testing.assert_close(covered.mean(0), k * torch.eye(n).double(), atol=6 * k / len(V) ** 0.5, rtol=0)
+    assert abs(V.mean(0)).max() < 6 / len(V) ** 0.5  # no sign is preferred
+    assert torch.equal(directions(seeds[3], torch.tensor(0), n, k), V[3])
+    assert V.is_contiguous()
+    assert torch.equal(directions(seeds, seeds, n, 1), normal(seeds, seeds, (n, 1)))
 
 
 def test_new_perturbations_are_standard_normal_and_differ():
