@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.claims import table
 from benchmarks.environment import RESULTS, save
 from benchmarks.linear_figure import draw
 from benchmarks.parts import part
 from p4flows import MergeScheduler, P4Inv
 
-__all__ = ["add_arguments", "run", "table", "targets"]
+__all__ = ["add_arguments", "run", "targets"]
 
 _LEARNING_RATE = 1e-2
 _BATCH = 64
@@ -253,12 +254,3 @@ def claims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     r = ratio(pd, "P4Inv, N = 50, rank 8")
     found.append(claim(f"{pd}: iterations with N = 50 and rank 8 (ours)", "–", f"{r:.2f}", r <= 1.1))
     return found
-
-
-def table(results: dict[str, Any]) -> str:
-    """The claims, as a Markdown table."""
-    lines = ["| claim | paper | ours | holds |", "|---|---|---|---|"]
-    for row in results["claims"]:
-        cells = (str(row[key]).replace("|", "\\|") for key in ("claim", "paper", "ours"))
-        lines.append(f"| {' | '.join(cells)} | {'yes' if row['holds'] else '**no**'} |")
-    return "\n".join(lines)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cost, demo, drift, linear, merge, step
+from benchmarks import bridge, claims, cost, demo, density2d, drift, merge, step
 from benchmarks.environment import RESULTS
 
 __all__ = ["add_arguments", "render", "run"]
@@ -22,7 +22,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "merge": merge.table,
     "step": step.table,
     "drift": drift.table,
-    "linear": linear.table,
+    "bridge": bridge.table,
+    "linear": claims.table,
+    "density2d": lambda results: f"{claims.table(results)}\n\n{density2d.table(results)}",
 }
 
 
