@@ -34,6 +34,7 @@ class Stage:
     schedule: str = "constant"  # or "cosine"
     energy_weight: float = 0.0
     every: int = 10
+    correct_every: int | None = None
     reset: str = "momentum"
     seed: int = 0
 
@@ -78,7 +79,9 @@ def train(
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, stage.steps)
     scheduler = None
     if perturbations:
-        scheduler = MergeScheduler(flow, optimizer, every=stage.every, reset=stage.reset).attach()
+        scheduler = MergeScheduler(
+            flow, optimizer, every=stage.every, correct_every=stage.correct_every, reset=stage.reset
+        ).attach()
     loss = _Loss(flow, data, stage, compiled)
     kept = Checkpoint(
         checkpoint,
