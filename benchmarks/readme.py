@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bridge, claims, cost, demo, density2d, drift, merge, step
+from benchmarks import bridge, claims, cost, demo, density2d, drift, merge, perturbation, step
 from benchmarks.environment import RESULTS
 
 __all__ = ["add_arguments", "render", "run"]
@@ -22,6 +22,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "merge": merge.table,
     "step": step.table,
     "drift": drift.table,
+    "perturbation": perturbation.table,
     "bridge": bridge.table,
     "linear": claims.table,
     "density2d": lambda results: f"{claims.table(results)}\n\n{density2d.table(results)}",
