@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bridge, claims, cost, demo, density2d, drift, merge, perturbation, step
+from benchmarks import alanine_dipeptide, bridge, claims, cost, demo, density2d, drift, merge, perturbation, step
 from benchmarks.environment import RESULTS
 
 __all__ = ["add_arguments", "render", "run"]
@@ -23,6 +23,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "step": step.table,
     "drift": drift.table,
     "perturbation": perturbation.table,
+    "alanine_dipeptide": lambda results: f"{claims.table(results)}\n\n{alanine_dipeptide.table(results)}",
     "bridge": bridge.table,
     "linear": claims.table,
     "density2d": lambda results: f"{claims.table(results)}\n\n{density2d.table(results)}",
