@@ -28,7 +28,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> Path:
                 ax.fill_between(epochs, curves.min(0), curves.max(0), color=color, alpha=0.1, linewidth=0)
         ax.set_xlabel("epoch")
         ax.set_title(title)
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8, ncols=2, loc=(0.42, 0.35))  # where no curve is
     figure.savefig(path, dpi=100)
     plt.close(figure)
     return path

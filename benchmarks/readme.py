@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import alanine_dipeptide, bridge, claims, cost, demo, density2d, drift, merge, perturbation, step
+from benchmarks import alanine_dipeptide, bridge, claims, cost, demo, density2d, drift, merge, mnist, perturbation, step
 from benchmarks.environment import RESULTS
 
 __all__ = ["add_arguments", "render", "run"]
@@ -22,6 +22,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "merge": merge.table,
     "step": step.table,
     "drift": drift.table,
+    "mnist": lambda results: f"{claims.table(results)}\n\n{mnist.table(results)}",
     "perturbation": perturbation.table,
     "alanine_dipeptide": lambda results: f"{claims.table(results)}\n\n{alanine_dipeptide.table(results)}",
     "bridge": bridge.table,
