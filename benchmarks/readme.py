@@ -9,12 +9,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import alanine_dipeptide, bridge, claims, cost, demo, density2d, drift, merge, mnist, perturbation, step
+from benchmarks import (
+    alanine_dipeptide,
+    bridge,
+    claims,
+    cost,
+    demo,
+    density2d,
+    drift,
+    merge,
+    mnist,
+    perturbation,
+    step,
+    swaps,
+)
 from benchmarks.environment import RESULTS
 
 __all__ = ["add_arguments", "render", "run"]
 
 README = Path(__file__).parent.parent / "README.md"
+
+
+def _with_claims(table: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
+    return lambda results: f"{claims.table(results)}\n\n{table(results)}"
+
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo.table,
@@ -22,12 +40,13 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "merge": merge.table,
     "step": step.table,
     "drift": drift.table,
-    "mnist": lambda results: f"{claims.table(results)}\n\n{mnist.table(results)}",
+    "mnist": _with_claims(mnist.table),
     "perturbation": perturbation.table,
-    "alanine_dipeptide": lambda results: f"{claims.table(results)}\n\n{alanine_dipeptide.table(results)}",
+    "swaps": swaps.table,
+    "alanine_dipeptide": _with_claims(alanine_dipeptide.table),
     "bridge": bridge.table,
     "linear": claims.table,
-    "density2d": lambda results: f"{claims.table(results)}\n\n{density2d.table(results)}",
+    "density2d": _with_claims(density2d.table),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -52,6 +53,7 @@ _FIXED = ("alternating masks", "reversed", "random")
 _LEARNED = ("LU", "dense", "P4Inv, rank 1", "P4Inv, rank 8")
 _TABULAR = Problem({2: 5, 4: 5, 8: 5, 16: 3}, (*_FIXED, *_LEARNED))
 _TIMED_SEEDS = 1
+_ROUNDS = 60
 PROBLEMS = {
     "digits": _TABULAR,
     "image-patches": _TABULAR,
@@ -95,25 +97,23 @@ def run(args: Namespace) -> dict[str, Any]:
         ]
     with pool_of(args.jobs) as pool:
         equal_steps = train_all(pool, args.parts, settings, "equal steps")
-        step_ms: dict[tuple, list[float]] = {}
-        for setting, measured in zip(settings, equal_steps, strict=True):
-            kind = "fixed" if setting["mix"] in _FIXED else setting["mix"]  # permutations take the same time
-            step_ms.setdefault((setting["data"], setting["couplings"], kind), []).append(measured["ms_per_step"])
+        # Speeds are compared step by step: what else the machine does changes in the course of hours.
+        shapes = {(s["data"], s["couplings"]): {**s, "mixes": PROBLEMS[s["data"]].mixes} for s in settings}
+        relative = dict(zip(shapes, pool.map(partial(_relative_times, args.parts), shapes.values()), strict=True))
         timed = {}
         for i, setting in enumerate(settings):
-            if setting["mix"] in _FIXED or setting["seed"] >= _TIMED_SEEDS:
-                continue
-            # As many steps as a flow with fixed permutations takes in the time that the mix under test needs.
-            where = setting["data"], setting["couplings"]
-            ratio = np.median(step_ms[(*where, "fixed")]) / np.median(step_ms[(*where, setting["mix"])])
-            timed[i] = {**setting, "steps": max(1, round(setting["steps"] * min(1.0, ratio)))}
+            if setting["mix"] not in _FIXED and setting["seed"] < _TIMED_SEEDS:
+                # As many steps as a flow with fixed permutations takes in the time that the mix under test needs.
+                ratio = max(1.0, relative[setting["data"], setting["couplings"]][setting["mix"]])
+                timed[i] = {**setting, "steps": max(1, round(setting["steps"] / ratio))}
         equal_time = dict(zip(timed, train_all(pool, args.parts, list(timed.values()), "equal time"), strict=True))
     rows = []
     for i, (setting, measured) in enumerate(zip(settings, equal_steps, strict=True)):
         rows.append({**setting, **measured})
         if i in timed:
             rows[-1]["equal_time"] = {"steps": timed[i]["steps"], **equal_time[i]}
-    results = {"rows": rows}
+    times = [{"data": data, "couplings": couplings, "times": r} for (data, couplings), r in relative.items()]
+    results = {"rows": rows, "relative_times": times}
     path = save("swaps", results, args.out)
     print(f"{path}\n{draw(rows, args.out / 'swaps.png')}\n{table(results)}")
     return results
@@ -151,6 +151,29 @@ def train(
     ``merging`` may have the learning rate of the perturbations, ``perturbation_lr``, and options of MergeScheduler.
     """
     x, held_out = load(data, seed, frames)
+    flow, step = _training(x, couplings, mix, seed, steps, batch, hidden, lr, **merging)
+    best, seconds, start = float("inf"), 0.0, time.perf_counter()
+    for i in range(1, steps + 1):
+        step()
+        if i % max(1, steps // 20) == 0:
+            seconds += time.perf_counter() - start
+            best = min(best, _nll(flow, held_out))
+            start = time.perf_counter()
+    return {"nll": best, "last_nll": _nll(flow, held_out), "ms_per_step": 1000 * seconds / steps}
+
+
+def _training(
+    x: torch.Tensor,
+    couplings: int,
+    mix: str,
+    seed: int,
+    steps: int,
+    batch: int,
+    hidden: int,
+    lr: float,
+    **merging: Any,
+) -> tuple[Flow, Callable[[], None]]:
+    """A new flow, and what trains it by one step."""
     torch.manual_seed(seed)
     features = x.shape[1]
     kind, rank = _MIXES[mix]
@@ -165,8 +188,8 @@ def train(
     if theirs:
         MergeScheduler(flow, optimizer, **merging).attach()
     generator = torch.Generator().manual_seed(seed)
-    best, seconds, start = float("inf"), 0.0, time.perf_counter()
-    for step in range(1, steps + 1):
+
+    def step() -> None:
         rows = torch.randint(len(x), (batch,), generator=generator)
         optimizer.zero_grad()
         loss = -flow.log_prob(x[rows]).mean()
@@ -174,11 +197,31 @@ def train(
         torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)
         optimizer.step()
         schedule.step()
-        if step % max(1, steps // 20) == 0:
-            seconds += time.perf_counter() - start
-            best = min(best, _nll(flow, held_out))
-            start = time.perf_counter()
-    return {"nll": best, "last_nll": _nll(flow, held_out), "ms_per_step": 1000 * seconds / steps}
+
+    return flow, step
+
+
+def _relative_times(folder: Path, shape: dict[str, Any]) -> dict[str, float]:
+    """The time of a step with each mix, in that of one with fixed permutations, measured in turns."""
+    names = ("couplings", "seed", "batch", "hidden", "lr")
+
+    def measure() -> dict[str, float]:
+        x, _ = load(shape["data"], shape["seed"], shape["frames"])
+        options = {name: shape[name] for name in names}
+        steps = {mix: _training(x, mix=mix, steps=_ROUNDS, **options)[1] for mix in shape["mixes"]}
+        times: dict[str, list[float]] = {mix: [] for mix in steps}
+        for _ in range(_ROUNDS):
+            for mix, step in steps.items():
+                start = time.perf_counter()
+                step()
+                times[mix].append(time.perf_counter() - start)
+        # Means, as merges are part of the cost; but a step that the machine interrupts is not.
+        means = {mix: np.minimum(values[10:], 3 * np.median(values)).mean() for mix, values in times.items()}
+        fixed = np.mean([means[mix] for mix in means if mix in _FIXED])
+        return {mix: float(value / fixed) for mix, value in means.items()}
+
+    key = {"timing": _ROUNDS, **{name: shape[name] for name in ("data", "mixes", "frames", *names)}}
+    return part(folder, key, measure)
 
 
 @torch.no_grad()
