@@ -201,16 +201,18 @@ def correct_(state: Matrices, which: Tensor | None = None, order: int | None = N
     for _ in range(5):
         R = algebra.residual(A, A_inv)
         size = torch.linalg.matrix_norm(R)
-        hopeless = ~(size < 1) & ~inverted
+        converges = size < 1
+        hopeless = ~converges & ~inverted
         if hopeless.any():
             inverted |= hopeless
             corrected = torch.where(hopeless[:, None, None], torch.linalg.inv_ex(A).inverse, A_inv)
         else:
-            step = order or algebra.cheapest_order(size.max().item(), target.min().item())
-            corrected = algebra.hyperpower(A_inv, R, step)
+            # A matrix next to a singular one stays as it was inverted: iterations would only blow the error up.
+            step = order or algebra.cheapest_order(size.where(converges, 0).max().item(), target.min().item())
+            corrected = torch.where(converges[:, None, None], algebra.hyperpower(A_inv, R, step), A_inv)
         kept = corrected.isfinite().all(-1).all(-1)
         A_inv = torch.where(kept[:, None, None], corrected, A_inv)
-        if not hopeless.any() and (order is not None or (size**step <= target).all()):
+        if not hopeless.any() and (order is not None or (~converges | (size**step <= target)).all()):
             break
     state.A_inv[rows] = A_inv
     state.round_()
