@@ -134,24 +134,14 @@ def _part(folder: Path, setting: dict[str, Any]) -> dict[str, Any]:
     return part(folder, setting, lambda: train(**setting))
 
 
-def train(
-    data: str,
-    couplings: int,
-    mix: str,
-    seed: int,
-    steps: int,
-    batch: int,
-    hidden: int,
-    lr: float,
-    frames: int,
-    **merging: Any,
-) -> dict[str, float]:
+def train(data: str, seed: int, steps: int, frames: int, **options: Any) -> dict[str, float]:
     """Maximum likelihood by Adam with a cosine schedule; the best held-out NLL on the way, and the time of a step.
 
-    ``merging`` may have the learning rate of the perturbations, ``perturbation_lr``, and options of MergeScheduler.
+    ``options``: couplings, mix, batch, hidden and lr; the learning rate of the perturbations, ``perturbation_lr``, if
+    it is another; and options of MergeScheduler.
     """
     x, held_out = load(data, seed, frames)
-    flow, step = _training(x, couplings, mix, seed, steps, batch, hidden, lr, **merging)
+    flow, step = _training(x, seed=seed, steps=steps, **options)
     best, seconds, start = float("inf"), 0.0, time.perf_counter()
     for i in range(1, steps + 1):
         step()
