@@ -23,7 +23,7 @@ _RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="20 steps and one seed, to see that everything runs")
     parser.add_argument("--steps", type=int, default=3_000)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=2, help="flows trained at a time")
     parser.add_argument(
         "--parts", type=Path, default=Path("out/perturbation"), help="finished trainings; a run goes on there"
