@@ -30,7 +30,6 @@ class Stage:
     steps: int
     batch: int = 256
     lr: float = 1e-3
-    perturbation_lr: float | None = None  # of U and V, if not lr
     schedule: str = "constant"  # or "cosine"
     energy_weight: float = 0.0
     every: int = 10
@@ -68,17 +67,12 @@ def train(
 ) -> dict[str, Any]:
     """Train, from ``checkpoint`` on if there is one. Merges are attached where there is something to merge."""
     generator = torch.Generator().manual_seed(stage.seed)
-    perturbations = [p for module in flow.modules() if isinstance(module, P4Inv) for p in (module.U, module.V)]
-    theirs = {id(p) for p in perturbations}
-    groups = [{"params": [p for p in flow.parameters() if id(p) not in theirs]}]
-    if perturbations:
-        groups.append({"params": perturbations, "lr": stage.perturbation_lr or stage.lr})
-    optimizer = torch.optim.Adam(groups, lr=stage.lr)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=stage.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     if stage.schedule == "cosine":
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, stage.steps)
     scheduler = None
-    if perturbations:
+    if any(isinstance(module, P4Inv) for module in flow.modules()):
         scheduler = MergeScheduler(
             flow, optimizer, every=stage.every, correct_every=stage.correct_every, reset=stage.reset
         ).attach()

@@ -231,7 +231,7 @@ def test_training_goes_on_after_an_interruption(monkeypatch, tmp_path, energy_we
     monkeypatch.setenv("P4FLOWS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(boltzmann_training, "_WINDOW", 4)
     data = load_data(100)
-    options = {"energy_weight": energy_weight, "every": 3, "schedule": "cosine", "perturbation_lr": 1e-4}
+    options = {"energy_weight": energy_weight, "every": 3, "schedule": "cosine"}
     stage = boltzmann_training.Stage(20, batch=16, **options)
     flows = [alanine_dipeptide.build(alanine_dipeptide.replace(alanine_dipeptide.QUICK, mix="P4Inv")) for _ in range(3)]
     expected = boltzmann_training.train(flows[0], data, stage)
