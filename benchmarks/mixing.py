@@ -1,24 +1,32 @@
-"""What may stand between two couplings: fixed permutations, dense matrices, and P4Inv."""
+"""What may stand between two couplings: a permutation, fixed or as the start of an LU, dense or P4Inv layer."""
 
 from __future__ import annotations
 
 import torch
 from nflows.flows import Flow
-from nflows.transforms import LULinear, Permutation, RandomPermutation, ReversePermutation, Transform
+from nflows.transforms import (
+    CompositeTransform,
+    LULinear,
+    Permutation,
+    RandomPermutation,
+    ReversePermutation,
+    Transform,
+)
 from torch import Tensor, nn
 
 from p4flows.nflows import replace_permutations
 
-__all__ = ["MIXES", "Dense", "put_between"]
+__all__ = ["MIXES", "PERMUTATIONS", "Dense", "put_between"]
 
 
 class Dense(Transform):
-    """Any invertible matrix, trained as it is: slogdet and solve, O(n³), in every pass."""
+    """Any invertible matrix, trained from a permutation: slogdet and solve, O(n³), in every pass."""
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, start: Permutation) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.eye(features).flip(0))
-        self.bias = nn.Parameter(torch.zeros(features))
+        p = start._permutation
+        self.weight = nn.Parameter(torch.eye(len(p))[p])
+        self.bias = nn.Parameter(torch.zeros(len(p)))
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return inputs @ self.weight.T + self.bias, self._logabsdet(inputs)
@@ -35,24 +43,22 @@ def _halves(features: int) -> Permutation:
     return Permutation(torch.arange(features).roll(features // 2))
 
 
-MIXES = {
-    "alternating masks": _halves,
-    "reversed": ReversePermutation,
-    "random": RandomPermutation,
-    "LU": lambda n: LULinear(n, identity_init=True),
-    "dense": Dense,
-    "P4Inv": ReversePermutation,
-}
+PERMUTATIONS = {"alternating masks": _halves, "reversed": ReversePermutation, "random": RandomPermutation}
+MIXES = (*PERMUTATIONS, "LU", "dense", "P4Inv")
 
 
-def put_between(flow: Flow, features: int, mix: str, rank: int = 1, seed: int = 0) -> Flow:
-    """Replace the reversed permutations of a flow by one of MIXES; the dense and the P4Inv ones start as such."""
+def put_between(flow: Flow, features: int, mix: str, rank: int = 1, seed: int = 0, start: str = "reversed") -> Flow:
+    """Replace the reversed permutations of a flow by one of MIXES; those that are learned start as a permutation."""
     if mix not in MIXES:
         raise ValueError(f"mix: expected one of {', '.join(MIXES)}, got {mix!r}")
     transforms = flow._transform._transforms
     for i, transform in enumerate(transforms):
         if isinstance(transform, ReversePermutation):
-            transforms[i] = MIXES[mix](features)
+            permutation = PERMUTATIONS[mix if mix in PERMUTATIONS else start](features)
+            if mix == "LU":
+                transforms[i] = CompositeTransform([permutation, LULinear(features, identity_init=True)])
+            else:
+                transforms[i] = Dense(permutation) if mix == "dense" else permutation
     if mix == "P4Inv":
         replace_permutations(flow, rank, seed=seed)
     return flow

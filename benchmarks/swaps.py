@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,14 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 from nflows.flows import Flow
+from nflows.transforms import LULinear
+from torch import nn
 from tqdm import tqdm
 
 from benchmarks.environment import RESULTS, save
-from benchmarks.mixing import put_between
+from benchmarks.mixing import Dense, put_between
 from benchmarks.parts import part
 from benchmarks.realnvp import real_nvp
 from benchmarks.swaps_data import load
 from benchmarks.swaps_figure import draw
+from benchmarks.swaps_table import FROM_RANDOM, table
 from p4flows import MergeScheduler, P4Inv
 
 __all__ = ["PROBLEMS", "Problem", "add_arguments", "pool_of", "run", "table", "train", "train_all"]
@@ -30,28 +33,37 @@ __all__ = ["PROBLEMS", "Problem", "add_arguments", "pool_of", "run", "table", "t
 
 @dataclass(frozen=True)
 class Problem:
-    """Data and training; ``couplings`` says for how many of them, and with how many seeds."""
+    """Data and training; ``couplings`` says for how many of them, and with how many seeds.
+
+    ``rates`` are learning rates of the mixes to be tried beside ``lr``; ``more`` are mixes at equal steps only, with
+    one seed.
+    """
 
     couplings: dict[int, int]
     mixes: tuple[str, ...]
+    rates: tuple[float, ...] = ()
+    more: tuple[str, ...] = ()
     steps: int = 400
     batch: int = 128
     hidden: int = 32
     lr: float = 1e-3
 
 
-_MIXES = {
-    "alternating masks": ("alternating masks", 1),
-    "reversed": ("reversed", 1),
-    "random": ("random", 1),
-    "LU": ("LU", 1),
-    "dense": ("dense", 1),
-    "P4Inv, rank 1": ("P4Inv", 1),
-    "P4Inv, rank 8": ("P4Inv", 8),
+# What :func:`benchmarks.mixing.put_between` makes of a name.
+_MIXES: dict[str, dict[str, Any]] = {
+    "alternating masks": {"mix": "alternating masks"},
+    "reversed": {"mix": "reversed"},
+    "random": {"mix": "random"},
+    "LU": {"mix": "LU"},
+    "dense": {"mix": "dense"},
+    "P4Inv, rank 1": {"mix": "P4Inv"},
+    "P4Inv, rank 8": {"mix": "P4Inv", "rank": 8},
 }
 _FIXED = ("alternating masks", "reversed", "random")
-_LEARNED = ("LU", "dense", "P4Inv, rank 1", "P4Inv, rank 8")
-_TABULAR = Problem({2: 5, 4: 5, 8: 5, 16: 3}, (*_FIXED, *_LEARNED))
+_LEARNED = tuple(mix for mix in _MIXES if mix not in _FIXED)
+_FROM_RANDOM = {f"{mix}{FROM_RANDOM}": {**_MIXES[mix], "start": "random"} for mix in _LEARNED if mix != "LU"}
+_MIXES |= _FROM_RANDOM
+_TABULAR = Problem({2: 5, 4: 5, 8: 5, 16: 3}, (*_FIXED, *_LEARNED), rates=(3e-3,))
 _TIMED_SEEDS = 1
 _ROUNDS = 60
 PROBLEMS = {
@@ -62,6 +74,7 @@ PROBLEMS = {
     "alanine-dipeptide": Problem(
         {2: 2, 8: 2, 16: 1, 50: 1},
         (*_FIXED[1:], *_LEARNED),
+        more=tuple(_FROM_RANDOM),
         steps=3_000,
         batch=256,
         hidden=60,
@@ -89,20 +102,22 @@ def run(args: Namespace) -> dict[str, Any]:
                 **{"data": data, "couplings": couplings, "mix": mix, "seed": seed},
                 **{name: getattr(problem, name) for name in ("steps", "batch", "hidden", "lr")},
                 "frames": 1_500 if args.quick else 250_000,
+                **({"perturbation_lr": rate} if rate else {}),
             }
             for couplings, seeds in problem.couplings.items()
             if couplings <= args.most_couplings
-            for mix in problem.mixes
-            for seed in range(seeds)
+            for mix in (*problem.mixes, *problem.more)
+            for rate in ((None, *problem.rates) if mix in _LEARNED else (None,))
+            for seed in range(seeds if mix in problem.mixes else 1)
         ]
     with pool_of(args.jobs) as pool:
         equal_steps = train_all(pool, args.parts, settings, "equal steps")
         # Speeds are compared step by step: what else the machine does changes in the course of hours.
-        shapes = {(s["data"], s["couplings"]): {**s, "mixes": PROBLEMS[s["data"]].mixes} for s in settings}
+        shapes = {(s["data"], s["couplings"]): {**s, "seed": 0, "mixes": PROBLEMS[s["data"]].mixes} for s in settings}
         relative = dict(zip(shapes, pool.map(partial(_relative_times, args.parts), shapes.values()), strict=True))
         timed = {}
         for i, setting in enumerate(settings):
-            if setting["mix"] not in _FIXED and setting["seed"] < _TIMED_SEEDS:
+            if setting["mix"] in _LEARNED and setting["seed"] < _TIMED_SEEDS:
                 # As many steps as a flow with fixed permutations takes in the time that the mix under test needs.
                 ratio = max(1.0, relative[setting["data"], setting["couplings"]][setting["mix"]])
                 timed[i] = {**setting, "steps": max(1, round(setting["steps"] / ratio))}
@@ -137,8 +152,8 @@ def _part(folder: Path, setting: dict[str, Any]) -> dict[str, Any]:
 def train(data: str, seed: int, steps: int, frames: int, **options: Any) -> dict[str, float]:
     """Maximum likelihood by Adam with a cosine schedule; the best held-out NLL on the way, and the time of a step.
 
-    ``options``: couplings, mix, batch, hidden and lr; the learning rate of the perturbations, ``perturbation_lr``, if
-    it is another; and options of MergeScheduler.
+    ``options``: couplings, mix, batch, hidden and lr; ``perturbation_lr``, the learning rate of U and V, and of dense
+    and LU matrices, if it is another; and options of MergeScheduler.
     """
     x, held_out = load(data, seed, frames)
     flow, step = _training(x, seed=seed, steps=steps, **options)
@@ -161,21 +176,21 @@ def _training(
     batch: int,
     hidden: int,
     lr: float,
+    perturbation_lr: float | None = None,
     **merging: Any,
 ) -> tuple[Flow, Callable[[], None]]:
     """A new flow, and what trains it by one step."""
     torch.manual_seed(seed)
     features = x.shape[1]
-    kind, rank = _MIXES[mix]
-    flow = put_between(real_nvp(features, couplings, hidden), features, kind, rank, seed)
-    theirs = [p for module in flow.modules() if isinstance(module, P4Inv) for p in (module.U, module.V)]
+    flow = put_between(real_nvp(features, couplings, hidden), features, seed=seed, **_MIXES[mix])
+    theirs = [p for module in flow.modules() for p in _mixing(module)]
     ids = {id(p) for p in theirs}
     groups = [{"params": [p for p in flow.parameters() if id(p) not in ids]}]
     if theirs:
-        groups.append({"params": theirs, "lr": merging.pop("perturbation_lr", lr)})
+        groups.append({"params": theirs, "lr": lr if perturbation_lr is None else perturbation_lr})
     optimizer = torch.optim.Adam(groups, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    if theirs:
+    if any(isinstance(module, P4Inv) for module in flow.modules()):
         MergeScheduler(flow, optimizer, **merging).attach()
     generator = torch.Generator().manual_seed(seed)
 
@@ -189,6 +204,12 @@ def _training(
         schedule.step()
 
     return flow, step
+
+
+def _mixing(module: nn.Module) -> Iterable[nn.Parameter]:
+    if isinstance(module, P4Inv):
+        return module.U, module.V
+    return module.parameters() if isinstance(module, Dense | LULinear) else ()
 
 
 def _relative_times(folder: Path, shape: dict[str, Any]) -> dict[str, float]:
@@ -220,25 +241,3 @@ def _nll(flow: Flow, x: torch.Tensor) -> float:
     value = -flow.log_prob(x).double().mean().item()
     flow.train()
     return value
-
-
-def table(results: dict[str, Any]) -> str:
-    """Held-out NLL at equal steps, mean ± standard deviation over seeds; after the slash at equal time, one seed."""
-    rows = results["rows"]
-    mixes = [mix for mix in _MIXES if any(row["mix"] == mix for row in rows)]
-    lines = [f"| data | couplings | seeds | {' | '.join(mixes)} |", "|---|---:|---:|" + "---:|" * len(mixes)]
-    for data, couplings in dict.fromkeys((row["data"], row["couplings"]) for row in rows):
-        here = [row for row in rows if (row["data"], row["couplings"]) == (data, couplings)]
-        cells, means = {}, {}
-        for mix in mixes:
-            nll = np.array([row["nll"] for row in here if row["mix"] == mix])
-            timed = [row["equal_time"]["nll"] for row in here if row["mix"] == mix and "equal_time" in row]
-            if len(nll):
-                means[mix] = nll.mean()
-                spread = f" ± {nll.std():.2f}" if len(nll) > 1 else ""
-                cells[mix] = f"{nll.mean():.2f}{spread}" + (f" / {np.mean(timed):.2f}" if timed else "")
-        best = min(means, key=means.get)
-        cells[best] = f"**{cells[best]}**"
-        seeds = len({row["seed"] for row in here})
-        lines.append(f"| {data} | {couplings} | {seeds} | {' | '.join(cells.get(mix, '–') for mix in mixes)} |")
-    return "\n".join(lines)

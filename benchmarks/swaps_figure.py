@@ -8,6 +8,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks.swaps_table import FROM_RANDOM, at_best_rate
+
 __all__ = ["draw"]
 
 
@@ -17,20 +19,23 @@ def draw(rows: list[dict[str, Any]], path: Path) -> Path:
     figure, axes = plt.subplots(
         1, len(datasets), figsize=(5.5 * len(datasets), 4.6), layout="constrained", squeeze=False
     )
+    mixes = list(dict.fromkeys(row["mix"] for row in rows))
     for ax, data in zip(axes[0], datasets, strict=True):
-        for i, mix in enumerate(dict.fromkeys(row["mix"] for row in rows)):
-            chosen = [row for row in rows if (row["data"], row["mix"]) == (data, mix)]
-            couplings = sorted({row["couplings"] for row in chosen})
-            values = [np.array([row["nll"] for row in chosen if row["couplings"] == c]) for c in couplings]
+        here = [row for row in rows if row["data"] == data]
+        couplings = sorted({row["couplings"] for row in here})
+        for i, mix in enumerate(mix for mix in mixes if any(row["mix"] == mix for row in here)):
+            values = [at_best_rate(here, data, c, mix)[0] for c in couplings]
             means, spreads = [v.mean() for v in values], [v.std() for v in values]
             # A little apart, so that the spreads can be told from each other.
-            ax.errorbar(np.array(couplings) * 1.02**i, means, spreads, marker="o", capsize=3, label=mix)
+            base = mix.removesuffix(FROM_RANDOM)
+            style = {"color": f"C{mixes.index(base)}", "linestyle": "-" if base == mix else ":"}
+            ax.errorbar(np.array(couplings) * 1.02**i, means, spreads, marker="o", capsize=3, label=mix, **style)
         ax.set_xscale("log", base=2)
         ax.set_xticks(couplings, couplings)
         ax.set_xlabel("couplings")
         ax.set_ylabel("held-out NLL (nats)")
         ax.set_title(data)
-    axes[0, 0].legend(fontsize=9)
+        ax.legend(fontsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)
     return path

@@ -16,7 +16,7 @@ from benchmarks import alanine_dipeptide, boltzmann_training, density2d, linear,
 from benchmarks.boltzmann import divergence, histograms, kish, load_data
 from benchmarks.checkpoint import Checkpoint
 from benchmarks.density2d import RealNVP2d
-from benchmarks.mixing import MIXES, put_between
+from benchmarks.mixing import MIXES, PERMUTATIONS, put_between
 from benchmarks.parts import part
 from benchmarks.realnvp import real_nvp
 from benchmarks.toy_densities import DISTRIBUTIONS
@@ -257,11 +257,18 @@ def test_training_goes_on_after_an_interruption(monkeypatch, tmp_path, energy_we
 
 
 @pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")  # in nflows' LULinear
+@pytest.mark.parametrize("start", ["reversed", "random"])
 @pytest.mark.parametrize("mix", MIXES)
-def test_mixes_between_couplings(mix):
-    flow = put_between(real_nvp(6, 3), 6, mix, rank=2)
+def test_mixes_between_couplings(mix, start):
+    flows = []
+    for each in (start, mix):
+        torch.manual_seed(0)
+        flows.append(put_between(real_nvp(6, 3), 6, each, rank=2, start=start))
+    permuted, flow = flows
     x = torch.randn(8, 6)
     noise = flow.transform_to_noise(x)
+    if mix not in PERMUTATIONS:
+        torch.testing.assert_close(noise, permuted.transform_to_noise(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(flow._transform.inverse(noise)[0], x, rtol=1e-4, atol=1e-4)
     jacobian = torch.autograd.functional.jacobian(lambda row: flow._transform(row[None])[0][0], x[0])
     torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], flow._transform(x)[1][0], rtol=1e-4, atol=1e-4)
@@ -287,14 +294,19 @@ def test_effective_sample_size_and_histograms():
 def test_swaps(monkeypatch, tmp_path):
     parts = f"--jobs 1 --parts {tmp_path / 'parts'}"
     results = call(monkeypatch, tmp_path, f"swaps --quick --data breast-cancer {parts}")
-    rows = {row["mix"]: row for row in results["rows"]}
-    assert set(rows) == {"alternating masks", "reversed", "random", "LU", "dense", "P4Inv, rank 1", "P4Inv, rank 8"}
-    for mix, row in rows.items():
+    fixed, learned = ("alternating masks", "reversed", "random"), ("LU", "dense", "P4Inv, rank 1", "P4Inv, rank 8")
+    rows = {(row["mix"], row.get("perturbation_lr")): row for row in results["rows"]}
+    assert set(rows) == {*((mix, None) for mix in (*fixed, *learned)), *((mix, 0.003) for mix in learned)}
+    for (mix, _), row in rows.items():
         assert row["nll"] <= row["last_nll"] + 1e-9
-        assert ("equal_time" in row) == (mix not in ("alternating masks", "reversed", "random"))
+        assert ("equal_time" in row) == (mix in learned)
         assert row.get("equal_time", row)["steps"] <= row["steps"] == 20
-    # After 20 steps a dense map is far ahead of permutations, and a perturbation of rank 8 of one of rank 1.
-    assert max(rows["LU"]["nll"], rows["P4Inv, rank 8"]["nll"]) < rows["P4Inv, rank 1"]["nll"] < rows["reversed"]["nll"]
+    # After 20 steps matrices are far ahead of permutations, and a perturbation of rank 8 of one of rank 1.
+    nll = {mix: row["nll"] for (mix, rate), row in rows.items() if rate is None}
+    assert max(nll[mix] for mix in ("LU", "dense", "P4Inv, rank 8")) < nll["P4Inv, rank 1"] < nll["reversed"]
+    # So short a training takes all the learning rate that it can get.
+    lines = swaps.table(results).splitlines()
+    assert [cell.count("\\*") for cell in lines[-1].split("|")[4:-1]] == [0, 0, 0, 2, 2, 2, 2]
 
 
 def test_swaps_of_equal_settings_are_equal():
