@@ -148,7 +148,6 @@ def table(results: dict[str, Any]) -> str:
         columns,
         [
             ("trainable parameters", "parameters", "{:,}"),
-            ("ms per training step", "ms_per_step", "{:.0f}"),
             ("held-out NLL (nats)", "nll", "{:.2f}"),
             ("reverse KL + constant (nats)", "reverse_kl", "{:.2f}"),
             ("effective sample size (Kish)", "ess", "{:.2%}"),

@@ -13,7 +13,7 @@ pytest.importorskip("tqdm")
 
 import openmm
 
-from p4flows.molecules import MixedCoordinates, OpenMMEnergy, alanine_dipeptide, regularize_energy, simulate
+from p4flows.molecules import MixedCoordinates, OpenMMEnergy, alanine_dipeptide, evaluation, regularize_energy, simulate
 from p4flows.molecules.coordinates import _widest_gap, _wrap
 from p4flows.molecules.geometry import angle, dihedral, distance, place, superpose
 
@@ -144,15 +144,17 @@ def test_regularisation(molecule, frames):
     assert x.grad[1].abs().max() > 0
 
 
-def test_workers_agree_with_this_process_and_end(molecule, energy, frames):
+@pytest.mark.parametrize("in_memory", [7, 1_000])  # of fewer frames than a worker's share, a batch goes in turns
+def test_workers_agree_with_this_process_and_end(molecule, energy, frames, monkeypatch, in_memory):
+    monkeypatch.setattr(evaluation, "_SHARED_BYTES", in_memory * 8 * (6 * 22 + 1))
     x = frames[:101].clone().requires_grad_()
     (expected,) = torch.autograd.grad(energy(x).sum(), x)
     with OpenMMEnergy(molecule.system, 600, workers=2) as shared:
         for batch in (101, 1, 0):
             torch.testing.assert_close(shared(x[:batch]), energy(x[:batch]), rtol=0, atol=0)
         (gradient,) = torch.autograd.grad(shared(x).sum(), x)
-        processes = [process for process, _ in shared._pool._workers]
-        pids = [process.pid for process in processes]
+        assert [worker.frames for worker in shared._pool._workers] == [in_memory] * 2
+        pids = [worker.process.pid for worker in shared._pool._workers]
     torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
     for pid in pids:
         with pytest.raises(ProcessLookupError):
@@ -162,7 +164,7 @@ def test_workers_agree_with_this_process_and_end(molecule, energy, frames):
 def test_a_killed_worker_is_an_error_at_once_and_the_next_call_works(molecule, energy, frames):
     with OpenMMEnergy(molecule.system, 600, workers=2) as shared:
         shared(frames[:4])
-        pids = [process.pid for process, _ in shared._pool._workers]
+        pids = [worker.process.pid for worker in shared._pool._workers]
         os.kill(pids[1], signal.SIGKILL)
         start = time.monotonic()
         with pytest.raises(RuntimeError, match="an OpenMM worker died"):
@@ -177,7 +179,7 @@ def test_a_worker_killed_in_mid_batch_is_an_error_at_once_and_leaves_nothing_beh
     batch = frames[:1].expand(100_000, -1, -1).contiguous()  # some seconds of work
     with OpenMMEnergy(molecule.system, 600, workers=2) as shared:
         shared(frames[:4])
-        pids = [process.pid for process, _ in shared._pool._workers]
+        pids = [worker.process.pid for worker in shared._pool._workers]
         killed = []
 
         def kill():

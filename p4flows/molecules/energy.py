@@ -100,7 +100,9 @@ class OpenMMEnergy:
         energies = np.full(len(positions), np.inf)
         gradient = np.zeros(positions.shape) if forces else None
         if finite.any():
-            potential, force = self._compute(np.ascontiguousarray(positions[finite]), forces)
+            potential = np.empty(finite.sum())
+            force = np.empty((len(potential), *positions.shape[1:])) if forces else None
+            self._compute(np.ascontiguousarray(positions[finite]), potential, force)
             energies[finite] = potential / self.kT
             if gradient is not None:
                 gradient[finite] = force / -self.kT
@@ -112,13 +114,14 @@ class OpenMMEnergy:
         self.invalid += int((~valid).sum())
         return energies, gradient
 
-    def _compute(self, positions: np.ndarray, forces: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    def _compute(self, positions: np.ndarray, energies: np.ndarray, forces: np.ndarray | None) -> None:
         if self.workers == 0:
             self._evaluator = self._evaluator or Evaluator(self._system_xml, self.platform)
-            return self._evaluator(positions, forces)
-        self._pool = self._pool or WorkerPool(self.workers, self._system_xml, self.platform)
+            self._evaluator(positions, energies, forces)
+            return
+        self._pool = self._pool or WorkerPool(self.workers, self._system_xml, self.platform, self.n_atoms)
         try:
-            return self._pool(positions, forces, self.timeout)
+            self._pool(positions, energies, forces, self.timeout)
         except BaseException:
             self.close()  # the others may still be at work on this batch
             raise

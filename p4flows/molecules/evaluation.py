@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -10,8 +11,11 @@ from typing import Any
 
 import numpy as np
 import openmm
+import torch
 
 __all__ = ["Evaluator", "WorkerPool", "spawn"]
+
+_SHARED_BYTES = 4_000_000  # with each worker; containers often have 64 MB in all
 
 
 class Evaluator:
@@ -26,19 +30,16 @@ class Evaluator:
             system, self._integrator, openmm.Platform.getPlatformByName(platform), properties
         )
 
-    def __call__(self, positions: np.ndarray, forces: bool) -> tuple[np.ndarray, np.ndarray | None]:
-        """positions (B, n, 3), finite; energies (B,) and forces (B, n, 3) or None."""
-        energies = np.empty(len(positions))
-        all_forces = np.empty(positions.shape) if forces else None
+    def __call__(self, positions: np.ndarray, energies: np.ndarray, forces: np.ndarray | None) -> None:
+        """Fill energies (B,), and forces (B, n, 3) unless None, for finite positions (B, n, 3)."""
         context = self._context
         for i, frame in enumerate(positions):
             context.setPositions(frame)
-            state = context.getState(getEnergy=True, getForces=forces)
+            state = context.getState(getEnergy=True, getForces=forces is not None)
             # Numbers in kJ/mol and nm: objects with units would cost a third of the time of the forces.
             energies[i] = state.getPotentialEnergy()._value
-            if all_forces is not None:
-                state._getVectorAsNumpy(openmm.State.Forces, all_forces[i])
-        return energies, all_forces
+            if forces is not None:
+                state._getVectorAsNumpy(openmm.State.Forces, forces[i])
 
 
 def spawn(target: Callable[..., None], *arguments: Any) -> tuple[multiprocessing.Process, Connection]:
@@ -55,65 +56,85 @@ def spawn(target: Callable[..., None], *arguments: Any) -> tuple[multiprocessing
 
 
 class WorkerPool:
-    """Spawned processes with an :class:`Evaluator` each, which receive whole chunks of a batch."""
+    """Spawned processes with an :class:`Evaluator` each, to whom chunks of a batch go through shared memory."""
 
-    def __init__(self, workers: int, system_xml: str, platform: str) -> None:
-        self._workers = [spawn(_serve, system_xml, platform) for _ in range(workers)]
+    def __init__(self, workers: int, system_xml: str, platform: str, n_atoms: int) -> None:
+        self._workers = [_Worker(system_xml, platform, n_atoms) for _ in range(workers)]
 
     def __call__(
-        self, positions: np.ndarray, forces: bool, timeout: float | None
-    ) -> tuple[np.ndarray, np.ndarray | None]:
+        self, positions: np.ndarray, energies: np.ndarray, forces: np.ndarray | None, timeout: float | None
+    ) -> None:
         """As :class:`Evaluator`. Raises RuntimeError for an error in a worker, its death or a time-out."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        chunks = np.array_split(positions, len(self._workers))
+        size = max(1, min(self._workers[0].frames, math.ceil(len(positions) / len(self._workers))))
+        waiting = [slice(start, start + size) for start in range(0, len(positions), size)]
+        idle, busy = list(self._workers), {}
         try:
-            for (_, connection), chunk in zip(self._workers, chunks, strict=True):
-                connection.send((chunk, forces))
-            results = [self._receive(*worker, deadline, timeout) for worker in self._workers]
+            while waiting or busy:
+                while idle and waiting:
+                    worker, rows = idle.pop(), waiting.pop()
+                    worker.send(positions[rows], forces is not None)
+                    busy[worker.connection] = worker, rows
+                left = None if deadline is None else max(deadline - time.monotonic(), 0)
+                ready = wait(list(busy), left)
+                if not ready:
+                    raise RuntimeError(f"an OpenMM worker did not answer within {timeout} s")
+                for connection in ready:
+                    worker, rows = busy.pop(connection)
+                    worker.receive(energies[rows], None if forces is None else forces[rows])
+                    idle.append(worker)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise RuntimeError("an OpenMM worker died") from None
-        energies, all_forces = zip(*results, strict=True)
-        return np.concatenate(energies), np.concatenate(all_forces) if forces else None
-
-    @staticmethod
-    def _receive(
-        process: multiprocessing.Process, connection: Connection, deadline: float | None, timeout: float | None
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        left = None if deadline is None else max(deadline - time.monotonic(), 0)
-        ready = wait([connection, process.sentinel], left)
-        if not ready:
-            raise RuntimeError(f"an OpenMM worker did not answer within {timeout} s")
-        if connection not in ready and not connection.poll():
-            raise EOFError
-        answer = connection.recv()
-        if isinstance(answer, Exception):
-            raise RuntimeError(f"an OpenMM worker failed: {answer}") from answer
-        return answer
 
     def close(self) -> None:
         """End the processes and wait for them. Calling it again does nothing."""
-        for process, connection in self._workers:
-            connection.close()
-            process.terminate()
-        for process, _ in self._workers:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
-                process.join()
-            process.close()
+        for worker in self._workers:
+            worker.connection.close()
+            worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join(5)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+            worker.process.close()
         self._workers = []
 
 
-def _serve(connection: Connection, system_xml: str, platform: str) -> None:
+class _Worker:
+    """A process with an :class:`Evaluator`, and the memory that it shares with this one."""
+
+    def __init__(self, system_xml: str, platform: str, n_atoms: int) -> None:
+        self.frames = max(1, _SHARED_BYTES // (8 * (6 * n_atoms + 1)))
+        shapes = (self.frames, n_atoms, 3), (self.frames,), (self.frames, n_atoms, 3)
+        shared = [torch.empty(shape, dtype=torch.float64).share_memory_() for shape in shapes]
+        self._positions, self._energies, self._forces = (t.numpy() for t in shared)
+        self.process, self.connection = spawn(_serve, system_xml, platform, *shared)
+
+    def send(self, positions: np.ndarray, forces: bool) -> None:
+        self._positions[: len(positions)] = positions
+        self.connection.send((len(positions), forces))
+
+    def receive(self, energies: np.ndarray, forces: np.ndarray | None) -> None:
+        answer = self.connection.recv()
+        if isinstance(answer, Exception):
+            raise RuntimeError(f"an OpenMM worker failed: {answer}") from answer
+        energies[:] = self._energies[: len(energies)]
+        if forces is not None:
+            forces[:] = self._forces[: len(forces)]
+
+
+def _serve(connection: Connection, system_xml: str, platform: str, *shared: torch.Tensor) -> None:
+    positions, energies, all_forces = (t.numpy() for t in shared)
     evaluator = None
     while True:
         try:
-            positions, forces = connection.recv()
+            count, forces = connection.recv()
         except (EOFError, OSError):
             return
+        answer = None
         try:
             evaluator = evaluator or Evaluator(system_xml, platform)
-            answer = evaluator(positions, forces)
+            evaluator(positions[:count], energies[:count], all_forces[:count] if forces else None)
         except Exception as error:  # whatever it is, the caller gets to see it
             answer = RuntimeError(f"{type(error).__name__}: {error}")
         connection.send(answer)
