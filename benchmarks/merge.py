@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from p4flows.algebra import low_rank_update_
 from torch import nn
 from tqdm import tqdm
 
 from benchmarks.bgflow_checkout import find_bgflow
 from benchmarks.environment import RESULTS, save
 from p4flows import MergeScheduler, P4Inv, P4InvStack
-from p4flows.algebra import low_rank_update_
 
 __all__ = ["add_arguments", "run", "table"]
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from p4flows import MergeScheduler, P4Inv
-from p4flows.tracked import TrackedInverse
+from p4flows.layers.perturbed import PerturbedInverse
 
 
 class BothDirections(nn.Module):
@@ -47,7 +47,7 @@ def differences(model: nn.Module) -> int:
     """The number of entries of the layers' tensors that are not those of rank 0, bit for bit."""
     count = 0
     for layer in model.modules():
-        if isinstance(layer, TrackedInverse):
+        if isinstance(layer, PerturbedInverse):
             for tensor in layer.state_dict().values():
                 theirs = tensor.clone()
                 dist.broadcast(theirs, 0)

@@ -5,20 +5,24 @@ perturbation, merge it every N steps. Plug-ins: :mod:`p4flows.nflows`, :mod:`p4f
 :mod:`p4flows.lightning`; molecules: :mod:`p4flows.molecules`.
 """
 
-from p4flows.activations import BentIdentity, Elementwise, Inverse
-from p4flows.averaging import AveragedModel
-from p4flows.invertible import P4Inv
-from p4flows.linear import P4Linear
+from p4flows.layers.activations import BentIdentity, Elementwise, Inverse
+from p4flows.layers.dense import InvertibleLinear
+from p4flows.layers.invertible import P4Inv
+from p4flows.layers.linear import P4Linear
+from p4flows.layers.perturbed import PAPER_BOUNDS
+from p4flows.layers.stack import P4InvStack
 from p4flows.perturbation import Correction, MergeOutcome, P4Layer
-from p4flows.scheduler import MergeScheduler, attach_on_first_step
-from p4flows.stack import P4InvStack
+from p4flows.training.averaging import AveragedModel
+from p4flows.training.scheduler import MergeScheduler, attach_on_first_step
 
 __all__ = [
+    "PAPER_BOUNDS",
     "AveragedModel",
     "BentIdentity",
     "Correction",
     "Elementwise",
     "Inverse",
+    "InvertibleLinear",
     "MergeOutcome",
     "MergeScheduler",
     "P4Inv",

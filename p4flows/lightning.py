@@ -11,8 +11,8 @@ try:
 except ImportError as error:
     raise ImportError("p4flows.lightning needs Lightning: pip install 'p4flows[lightning]'") from error
 
-from p4flows.linear import P4Linear
-from p4flows.scheduler import MergeScheduler
+from p4flows.layers.linear import P4Linear
+from p4flows.training.scheduler import MergeScheduler
 
 __all__ = ["MergeCallback"]
 

@@ -1,4 +1,4 @@
-"""The P4 contract of Section 3.1: frozen property-bearing parameters, a trainable perturbation, and its merge."""
+"""The P4 contract of Section 3.1: frozen property-bearing parameters, a perturbation, and its merge."""
 
 from __future__ import annotations
 
@@ -15,22 +15,45 @@ __all__ = ["Correction", "MergeOutcome", "P4Layer"]
 class MergeOutcome(IntEnum):
     """What became of a merge.
 
-    SKIPPED: a bound was violated (or the result could not be stored); nothing changed.
-    MERGED: the perturbation is in the frozen parameters and was reset.
+    SKIPPED: nothing changed, because a bound was violated or the result could not be stored.
+    MERGED: the perturbation is in the frozen parameters, and starts anew.
     FORCED: the same, although a bound was violated.
-    RESET: the perturbation was not finite; it was reset without a merge.
+    RESET: the perturbation was not finite; it starts anew, without a merge.
+    PARTIAL: a part of the perturbation is in the frozen parameters, and the rest of it remains.
+
+    :meth:`P4Layer.merge` returns one of these. :meth:`P4Layer.merge_all` may say why a merge was skipped:
+
+    SKIPPED_UPDATE: the update is out of the bounds on ln|G|.
+    SKIPPED_DETERMINANT: the new determinant is out of the bounds on ln|G det A|.
+    SKIPPED_RANGE: the new matrices would not be finite, or the update is singular.
+    SKIPPED_NOT_FINITE: the perturbation is not finite, and the layer does not drop it.
     """
 
     SKIPPED = 0
     MERGED = 1
     FORCED = 2
     RESET = 3
+    PARTIAL = 4
+    SKIPPED_UPDATE = 5
+    SKIPPED_DETERMINANT = 6
+    SKIPPED_RANGE = 7
+    SKIPPED_NOT_FINITE = 8
+
+    @staticmethod
+    def is_skip(outcomes: Tensor) -> Tensor:
+        """Whether nothing changed, a bool tensor of the shape of ``outcomes``."""
+        return (outcomes == MergeOutcome.SKIPPED) | (outcomes >= MergeOutcome.SKIPPED_UPDATE)
+
+    @staticmethod
+    def without_reason(outcomes: Tensor) -> Tensor:
+        """The outcomes with SKIPPED for a skip of whatever reason."""
+        return outcomes.masked_fill(MergeOutcome.is_skip(outcomes), int(MergeOutcome.SKIPPED))
 
 
 class Correction(IntEnum):
     """What a correction did.
 
-    NONE: nothing; none was needed.
+    NONE: nothing, since none was needed.
     ITERATED: a few steps of hyperpower iteration.
     INVERTED: an inversion from nothing, since the inverse was too far off for an iteration to converge.
     """
@@ -47,19 +70,27 @@ class P4Layer(nn.Module, ABC):
     frozen and changes in :meth:`merge` (``A <- R_B(A)``, equation 3; ``B <- B0``, equation 4), which leaves the
     layer's function as it is. Section 3.1 of Krämer, Köhler, Noé (arXiv:2010.07033).
 
-    A subclass says which parameters a merge sets to zero and which it draws anew; the batched class methods exist
-    so that many small layers can be merged by a few calls, and default to a loop.
+    A subclass names the parameters of its perturbation, and those that a merge sets to zero or draws anew. The class
+    methods exist so that many small layers can be merged by a few calls, and default to a loop.
     """
 
-    @property
-    @abstractmethod
-    def zeroed(self) -> tuple[nn.Parameter, ...]:
-        """The perturbation parameters that a reset sets to zero."""
+    merge_every: int = 10
+    """The merge interval N that a :class:`p4flows.MergeScheduler` uses where it is given none."""
 
     @property
     @abstractmethod
+    def perturbation(self) -> tuple[nn.Parameter, ...]:
+        """The trained parameters that a merge moves into the frozen ones."""
+
+    @property
+    def zeroed(self) -> tuple[nn.Parameter, ...]:
+        """The perturbation parameters that a merge and a reset set to zero; none by default."""
+        return ()
+
+    @property
     def redrawn(self) -> tuple[nn.Parameter, ...]:
-        """The perturbation parameters that a reset draws anew."""
+        """The perturbation parameters that a merge and a reset draw anew; none by default."""
+        return ()
 
     @abstractmethod
     def merge(self, force: bool = False) -> Tensor:
@@ -96,7 +127,7 @@ class P4Layer(nn.Module, ABC):
 
     @classmethod
     def merge_all(cls, layers: Sequence[P4Layer], force: bool = False) -> Tensor:
-        """Merge layers of equal ``group_key``; the outcomes, (len(layers), ...)."""
+        """Merge layers of equal ``group_key``; the outcomes, (len(layers), ...), which may say why one was skipped."""
         return torch.stack([layer.merge(force) for layer in layers])
 
     @classmethod

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import p4flows
 from p4flows import BentIdentity, Inverse, MergeScheduler, P4Inv, P4InvStack
-from p4flows.tracked import TrackedInverse
+from p4flows.layers.perturbed import PerturbedInverse
 
 N = 6
 PERMUTATION = torch.tensor([2, 0, 1, 5, 3, 4])
@@ -79,6 +79,8 @@ else:
     LAYERS["nflows.BentIdentity"] = _activation(p4flows.nflows.BentIdentity)
 
 try:
+    import bgflow
+
     import p4flows.bgflow
 except ImportError:
     BGFLOW = False
@@ -91,12 +93,12 @@ else:
 
 def apply(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """The forward direction of any framework's layer, on whole vectors, log|det| (...)."""
-    return _flow(layer, x, False) if BGFLOW and isinstance(layer, p4flows.bgflow.Flow) else layer(x)
+    return _flow(layer, x, False) if BGFLOW and isinstance(layer, bgflow.Flow) else layer(x)
 
 
 def invert(layer: nn.Module, y: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse direction of any framework's layer, on whole vectors, log|det| (...)."""
-    return _flow(layer, y, True) if BGFLOW and isinstance(layer, p4flows.bgflow.Flow) else layer.inverse(y)
+    return _flow(layer, y, True) if BGFLOW and isinstance(layer, bgflow.Flow) else layer.inverse(y)
 
 
 def _flow(flow: nn.Module, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -113,7 +115,7 @@ def perturb(layer: nn.Module, scale: float = 0.1) -> nn.Module:
     """Put noise on U and the bias, so that nothing is at its special starting value."""
     with torch.no_grad():
         for module in layer.modules():
-            if isinstance(module, TrackedInverse):
+            if isinstance(module, PerturbedInverse):
                 module.U.normal_(std=scale)
                 if module.bias is not None:
                     module.bias.normal_()

@@ -10,7 +10,7 @@ import openmm
 import torch
 from torch import Tensor
 
-from p4flows._checks import choice, integer, number
+from p4flows.checks import choice, integer, number
 from p4flows.molecules.evaluation import Evaluator, WorkerPool
 
 __all__ = ["OpenMMEnergy", "regularize_energy"]

@@ -14,7 +14,7 @@ import openmm
 from openmm import unit
 from tqdm import tqdm
 
-from p4flows._checks import flag, integer, number
+from p4flows.checks import flag, integer, number
 from p4flows.molecules.alanine import Molecule
 from p4flows.molecules.evaluation import spawn
 

@@ -1,0 +1,239 @@
+"""InvertibleLinear: a dense weight that a matrix with a tracked inverse follows."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from p4flows.checks import Bounds, bounds, flag, floating, integer, move
+from p4flows.layers.dense_gradients import forward_map, inverse_map
+from p4flows.layers.export import as_linear
+from p4flows.layers.tracked import Tracked
+from p4flows.perturbation import MergeOutcome, P4Layer
+from p4flows.tracking.following import follow_
+from p4flows.tracking.initial import initial_matrix
+from p4flows.tracking.matrix import TrackedMatrix
+from p4flows.tracking.noise import directions
+
+__all__ = ["InvertibleLinear"]
+
+_RANK = 16
+
+
+class InvertibleLinear(Tracked, P4Layer):
+    r"""Invertible linear layer ``y = A x + b``, in which A follows a dense trained weight W by low-rank updates.
+
+    W is an ordinary parameter, as that of ``nn.Linear``, for any optimizer. The layer computes with A, whose inverse
+    and log|det| are tracked, so that both directions and the log-determinant cost O(n²) a row. The gradient of the
+    loss with respect to A goes to W: no factorisation is needed for it,
+
+    .. math:: \frac{\partial L}{\partial W} = g_y^T x + \Big(\sum g_l\Big) A^{-T}
+
+    in the forward direction, and :math:`-(g_x A^{-1})^T x - (\sum g_l) A^{-T}` in the inverse one. After each optimizer
+    step :meth:`merge`, usually called by :class:`p4flows.MergeScheduler`, moves A towards W by nearly the best update
+    of rank k of ``E = W - A``: one step of subspace iteration, ``P = orth(E Q)``, ``Q ← Eᵀ P``, ``A ← A + P Qᵀ``, with
+    Woodbury's formula for A⁻¹ and the determinant lemma for log|det A|, O(k n²). What does not fit stays in E, and is
+    made up for by the next updates. So it learns as a dense matrix does.
+
+    Args:
+        features: n, the size of the last dimension of the input.
+        bias: whether there is a trainable b (n,), which starts at zero.
+        init: the A and W to start from, as in :class:`p4flows.P4Inv`.
+        seed: of the first directions Q, and of ``init="orthogonal"``.
+        rank: k, the rank that A follows with in one round, 1 <= k <= n; by default 16, or n where that is less. See
+            :attr:`lag` for whether it is enough.
+        bounds_update: (low, high) for ln σ of the singular values σ of the capacitance of an update. Outside, a half, a
+            quarter or an eighth of the update is taken, or it is skipped; nothing is lost, as the rest stays in E.
+        bounds_det: the same for ln|det A|; there is none by default.
+        device, dtype: of W, A, A_inv and b.
+
+    Attributes: parameters weight (n, n) and bias (n,) or None; A, A_inv, A_double, A_inv_double (n, n), sign_A,
+    logabsdet_A, rounding () as in :class:`p4flows.P4Inv`, all buffers of the module ``tracked``; the buffer directions
+    Q (n, k).
+
+    It has to be followed after every optimizer step: every second one costs much of the learning. Weight decay,
+    averages and gradient clipping mean for W what they mean for ``nn.Linear``. First derivatives cost O(n²) a row;
+    second derivatives, and the transforms of ``torch.func``, factorise A, which costs O(n³).
+
+    Shapes: input (..., n) to output (..., n) and log|det| (...), both in the input's dtype (log|det| in float32
+    for half-precision input).
+
+    Raises:
+        ValueError: for an argument outside what is said here, and by both directions for input of another width,
+            dtype or device.
+
+    References:
+        Krämer, Köhler, Noé: Training Invertible Linear Layers through Rank-One Perturbations. arXiv:2010.07033.
+        Vogels, Karimireddy, Jaggi: PowerSGD. arXiv:1905.13727.
+
+    >>> from p4flows import MergeScheduler
+    >>> layer = InvertibleLinear(3, init="reverse")
+    >>> optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
+    >>> scheduler = MergeScheduler(layer, optimizer).attach()
+    >>> y, logabsdet = layer(torch.tensor([[1.0, 2.0, 3.0]]))
+    >>> (y.square().sum() - logabsdet.sum()).backward()
+    >>> optimizer.step()
+    >>> layer.lag < 1e-6, layer.A.equal(torch.eye(3).flip(0))
+    (True, False)
+    """
+
+    _version = 1  # of the state dict
+
+    merge_every = 1
+    gathered = ("weight", "directions")
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    directions: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        bias: bool = True,
+        init: str | Tensor = "identity",
+        seed: int = 0,
+        *,
+        rank: int | None = None,
+        bounds_update: Bounds = (-6.0, None),
+        bounds_det: Bounds = (None, None),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.features = integer("features", features, 1)
+        self.rank = min(_RANK, self.features) if rank is None else integer("rank", rank, 1, self.features)
+        self.bounds_update = bounds("bounds_update", bounds_update)
+        self.bounds_det = bounds("bounds_det", bounds_det)
+        dtype = floating(dtype)
+        with torch.device("cpu"):
+            number = torch.tensor(integer("seed", seed), dtype=torch.int64)
+            start = initial_matrix(init, self.features, number, dtype)
+            self.tracked = TrackedMatrix(start, dtype)
+            self.weight = nn.Parameter(start.A.to(dtype, copy=True))
+            zero = torch.zeros(self.features, dtype=dtype)
+            self.register_parameter("bias", nn.Parameter(zero) if flag("bias", bias) else None)
+            Q = directions(number, torch.zeros_like(number), self.features, self.rank)
+            self.register_buffer("directions", Q.to(dtype))
+        move(self, device)
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, rank={self.rank}, bias={self.bias is not None}"
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``A x + b`` and its log|det|."""
+        self._check(x)
+        frozen = self.tracked
+        return forward_map(self.weight, self.bias, x, frozen.A, frozen.A_inv, frozen.logabsdet)
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """``A⁻¹ (y - b)`` and its log|det|, the negative of the forward direction's."""
+        self._check(y)
+        frozen = self.tracked
+        return inverse_map(self.weight, self.bias, y, frozen.A, frozen.A_inv, frozen.logabsdet)
+
+    @property
+    def matrix(self) -> Tensor:
+        """A, (n, n), with gradients that go to the weight. For tests, plots and export."""
+        return self.A + (self.weight - self.weight.detach())
+
+    @property
+    def matrix_double(self) -> Tensor:
+        """A in float64, (n, n), from what it is rounded from; not differentiable."""
+        return self.tracked.exact[0].clone()
+
+    @property
+    def trained_matrix(self) -> Tensor:
+        """The weight in float64, (n, n), not differentiable: what an average over training is an average of."""
+        return self.weight.detach().double()
+
+    @property
+    def inverse_matrix(self) -> Tensor:
+        """The inverse of A, (n, n), with gradients that go to the weight."""
+        frozen = self.tracked
+        identity = torch.eye(self.features, dtype=self.A.dtype, device=self.A.device)
+        return inverse_map(self.weight, None, identity, frozen.A, frozen.A_inv, frozen.logabsdet)[0].mT
+
+    @property
+    def sign(self) -> Tensor:
+        """Sign of det A, () in float64."""
+        return self.sign_A.clone()
+
+    @property
+    def logabsdet(self) -> Tensor:
+        """ln|det A|, () in float64, with gradients that go to the weight."""
+        _, found = self.forward(self.A.new_zeros(1, self.features))
+        return self.logabsdet_A + (found - found.detach())[0]
+
+    @property
+    @torch.no_grad()
+    def lag(self) -> Tensor:
+        """``‖W - A‖ / ‖A‖`` in Frobenius norms, () in float64: how far A is behind the weight.
+
+        After rounds of following it should be well below the relative size of the optimizer's steps over some tens of
+        steps, about a hundredth; if it grows beyond a tenth, raise the rank or lower the learning rate.
+        """
+        A = self.tracked.exact[0]
+        return torch.linalg.matrix_norm(self.weight.double() - A) / torch.linalg.matrix_norm(A)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Make A equal to the weight, by one inversion in float64, O(n³): for the end of training, or export.
+
+        Raises ValueError, and changes nothing, if the weight is not finite or is singular.
+        """
+        self.tracked.set(self.weight.double(), "weight")
+
+    @torch.no_grad()
+    def set_matrix(self, M: Tensor) -> None:
+        """Make M (n, n) the matrix A, and the weight. Inverted in float64, O(n³).
+
+        Raises ValueError, and changes nothing, if M has another shape, is not finite or is singular.
+        """
+        self.tracked.set(M)
+        self.weight.copy_(M)
+
+    def to_linear(self, inverse: bool = False) -> nn.Linear:
+        """The finished layer's map, or its inverse, as a plain ``nn.Linear`` without gradients, for serving.
+
+        It is A that counts: call :meth:`settle` first if the weight is ahead of it. Its log|det| is the constant
+        :attr:`logabsdet`. For the inverse, A is inverted in float64.
+        """
+        return as_linear(self, self.matrix_double, inverse)
+
+    @property
+    def perturbation(self) -> tuple[nn.Parameter, ...]:
+        return (self.weight,)
+
+    @property
+    def group_key(self) -> Hashable:
+        return self.directions.shape, self.weight.dtype, self.weight.device, self.bounds_update, self.bounds_det
+
+    def merge(self, force: bool = False) -> Tensor:
+        """Move A towards the weight by an update of rank k, in place, O(k n²).
+
+        Where the whole update is out of bounds a part of it is taken, unless forced; it is skipped where no part is
+        within bounds or finite, and where the weight is not finite. Does not wait for the device. Returns the
+        :class:`p4flows.MergeOutcome`, an int64 tensor ().
+        """
+        return MergeOutcome.without_reason(type(self).merge_all([self], force)[0])
+
+    @classmethod
+    def merge_all(cls, layers: Sequence[InvertibleLinear], force: bool = False) -> Tensor:
+        """Let layers of equal ``group_key`` follow, narrow ones in one batched call.
+
+        Returns the :class:`p4flows.MergeOutcome` of each with the reason of a skip, (len(layers),).
+        """
+        first = layers[0]
+        options = {"force": force, "bounds_update": first.bounds_update, "bounds_det": first.bounds_det}
+        return cls._joined([follow_(state, **options) for state in cls._grouped(layers).states()], layers)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Drop what A has not yet followed: the weight becomes A."""
+        self.weight.copy_(self.A)
+
+    def penalty(self) -> Tensor:
+        """Zero, in float64: what cannot be followed at once is followed in parts."""
+        return torch.zeros((), dtype=torch.float64, device=self.weight.device)

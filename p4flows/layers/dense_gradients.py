@@ -1,0 +1,111 @@
+"""Both directions of InvertibleLinear, with gradients at A that go to the weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+from torch.nn.functional import linear
+
+from p4flows.layers.gradients import differentiable, expand, on_rows
+
+__all__ = ["forward_map", "inverse_map"]
+
+
+def forward_map(
+    weight: Tensor, bias: Tensor | None, x: Tensor, A: Tensor, A_inv: Tensor, logabsdet: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x (..., n) to ``A x + b`` (..., n), and log|det| (...)."""
+    return _map(_Forward, _plain_forward, weight, bias, x, A, A_inv, logabsdet)
+
+
+def inverse_map(
+    weight: Tensor, bias: Tensor | None, y: Tensor, A: Tensor, A_inv: Tensor, logabsdet: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y (..., n) to ``A⁻¹ (y - b)`` (..., n), and its log|det| (...)."""
+    return _map(_Inverse, _plain_inverse, weight, bias, y, A, A_inv, logabsdet)
+
+
+def _map(function: type[Function], plain: Any, weight: Tensor, bias: Tensor | None, x: Tensor, *frozen: Tensor):
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    ):
+        return plain(weight, bias, x, *frozen)
+    A, A_inv, logabsdet = frozen
+    if torch.is_autocast_enabled(x.device.type):
+        narrow = torch.get_autocast_dtype(x.device.type)
+        x, A, A_inv = x.to(narrow), A.to(narrow), A_inv.to(narrow)
+        bias = None if bias is None else bias.to(narrow)
+    return on_rows(lambda rows: function.apply(weight, bias, rows, A, A_inv, logabsdet), x)
+
+
+class _Forward(Function):
+    @staticmethod
+    def forward(ctx: Any, weight, bias, x, A, A_inv, logabsdet):
+        ctx.save_for_backward(weight, bias, x, A, A_inv, logabsdet)
+        return linear(x, A, bias), expand(logabsdet, x)
+
+    @staticmethod
+    def backward(ctx: Any, gy, gl):
+        weight, bias, x, A, A_inv, logabsdet = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return differentiable(_plain_forward, ctx, (weight, bias, x, A, A_inv, logabsdet), (gy, gl))
+        gW = gb = gx = None
+        if ctx.needs_input_grad[0]:
+            gW = _weight_gradient(gy, x, A_inv, gl.sum(), weight)
+        if ctx.needs_input_grad[1]:
+            gb = gy.sum(0)
+        if ctx.needs_input_grad[2]:
+            gx = gy.mm(A)
+        return gW, gb, gx, None, None, None
+
+
+class _Inverse(Function):
+    @staticmethod
+    def forward(ctx: Any, weight, bias, y, A, A_inv, logabsdet):
+        x = linear(y if bias is None else y - bias, A_inv)
+        ctx.save_for_backward(weight, bias, y, A, A_inv, logabsdet, x)
+        return x, expand(-logabsdet, y)
+
+    @staticmethod
+    def backward(ctx: Any, gx, gl):
+        weight, bias, y, A, A_inv, logabsdet, x = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return differentiable(_plain_inverse, ctx, (weight, bias, y, A, A_inv, logabsdet), (gx, gl))
+        gy = gx.mm(A_inv)
+        gW = _weight_gradient(-gy, x, A_inv, -gl.sum(), weight) if ctx.needs_input_grad[0] else None
+        gb = -gy.sum(0) if ctx.needs_input_grad[1] else None
+        return gW, gb, gy, None, None, None
+
+
+def _weight_gradient(gy: Tensor, x: Tensor, A_inv: Tensor, total: Tensor, weight: Tensor) -> Tensor:
+    """``gyᵀ x + total A⁻ᵀ``."""
+    if total.is_cpu and not torch.compiler.is_compiling():
+        # As one call, since each pass over n × n numbers counts; a tensor as factor would mean waiting elsewhere.
+        return torch.addmm(A_inv.t(), gy.t(), x, beta=total.item()).to(weight.dtype)
+    return gy.t().mm(x).addcmul_(A_inv.t(), total.to(x.dtype)).to(weight.dtype)
+
+
+def _effective(weight: Tensor, A: Tensor) -> Tensor:
+    """The value of A with the derivatives of the weight, as wide as linear algebra needs it."""
+    wide = torch.promote_types(A.dtype, torch.float32)
+    return A.to(wide) + (weight - weight.detach()).to(wide)
+
+
+def _plain_logabsdet(M: Tensor, logabsdet: Tensor) -> Tensor:
+    found = torch.linalg.slogdet(M)[1]
+    return logabsdet + (found - found.detach())
+
+
+def _plain_forward(weight, bias, x, A, A_inv, logabsdet):
+    M = _effective(weight, A)
+    return linear(x, M.to(x.dtype), bias), expand(_plain_logabsdet(M, logabsdet), x)
+
+
+def _plain_inverse(weight, bias, y, A, A_inv, logabsdet):
+    M = _effective(weight, A)
+    shifted = y if bias is None else y - bias
+    x = torch.linalg.solve(M, shifted.to(M.dtype).mT).mT.to(y.dtype)
+    return x, expand(-_plain_logabsdet(M, logabsdet), y)

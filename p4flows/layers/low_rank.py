@@ -1,0 +1,60 @@
+"""The trained perturbation ``U Vᵀ`` of a layer, and its random directions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from p4flows.checks import flag
+from p4flows.tracking.noise import directions, redraw_
+
+__all__ = ["LowRank"]
+
+
+class LowRank:
+    """A layer with parameters U (*batch, m, k), V (*batch, n, k), bias (*batch, m) and buffers seed, merges (*batch).
+
+    A reset sets U to zero and draws the next V of the seed.
+    """
+
+    U: nn.Parameter
+    V: nn.Parameter
+    bias: nn.Parameter | None
+    seed: Tensor
+    merges: Tensor
+
+    def _register_perturbation(self, A: Tensor, rank: int, seed: Tensor, bias: bool) -> None:
+        """Create all tensors, in the dtype of A (*batch, m, n): the perturbation is zero, with the first V of seed."""
+        m, n = A.shape[-2:]
+        self.register_buffer("seed", seed.clone())
+        self.register_buffer("merges", torch.zeros_like(seed))
+        self.U = nn.Parameter(A.new_zeros(*A.shape[:-2], m, rank))
+        self.V = nn.Parameter(directions(self.seed, self.merges, n, rank).to(A.dtype))
+        zero = A.new_zeros(*A.shape[:-2], m)
+        self.register_parameter("bias", nn.Parameter(zero) if flag("bias", bias) else None)
+
+    @property
+    def perturbation(self) -> tuple[nn.Parameter, ...]:
+        return self.U, self.V
+
+    @property
+    def zeroed(self) -> tuple[nn.Parameter, ...]:
+        return (self.U,)
+
+    @property
+    def redrawn(self) -> tuple[nn.Parameter, ...]:
+        return (self.V,)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The effective matrix ``A + U Vᵀ``, (*batch, m, n), differentiable. For tests, plots and export."""
+        return self.A + self.U @ self.V.mT
+
+    def reset(self) -> None:
+        """Drop the perturbation without merging it: U = 0, a new V; the function becomes that of A."""
+        everywhere = torch.ones_like(self.merges, dtype=torch.bool)
+        self._redraw(everywhere)
+
+    def _redraw(self, which: Tensor) -> None:
+        flat = (t.detach().view(-1, *t.shape[self.merges.ndim :]) for t in (self.U, self.V, self.seed, self.merges))
+        redraw_(*flat, which.view(-1))

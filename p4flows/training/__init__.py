@@ -1,0 +1,1 @@
+"""What runs beside an optimizer; it is imported from :mod:`p4flows`."""
