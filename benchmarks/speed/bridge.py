@@ -14,9 +14,9 @@ import torch
 from openmm import unit
 from tqdm import tqdm
 
-from benchmarks.bgflow_checkout import find_bgflow
-from benchmarks.boltzmann import TEMPERATURE
-from benchmarks.environment import RESULTS, save
+from benchmarks.harness.bgflow_checkout import find_bgflow
+from benchmarks.harness.environment import RESULTS, save
+from benchmarks.paper.boltzmann import TEMPERATURE
 from p4flows.molecules import Molecule, OpenMMEnergy, alanine_dipeptide
 
 __all__ = ["add_arguments", "run", "table"]

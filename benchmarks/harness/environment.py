@@ -15,7 +15,7 @@ import torch
 
 __all__ = ["RESULTS", "environment", "save"]
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 
 
 def environment() -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.environment import RESULTS, save
-from benchmarks.swaps import pool_of, train_all
+from benchmarks.harness.environment import RESULTS, save
+from benchmarks.mixing.swaps import pool_of, train_all
 
 __all__ = ["add_arguments", "run", "table"]
 

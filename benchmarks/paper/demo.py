@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.boltzmann import PERTURBATION, TEMPERATURE, describe, load_data, measure
-from benchmarks.boltzmann_figure import draw
-from benchmarks.boltzmann_training import Stage, train
-from benchmarks.environment import save
-from benchmarks.realnvp import real_nvp
+from benchmarks.harness.comparison import comparison
+from benchmarks.harness.environment import save
+from benchmarks.paper.boltzmann import PERTURBATION, TEMPERATURE, describe, load_data, measure
+from benchmarks.paper.boltzmann_figure import draw
+from benchmarks.paper.boltzmann_training import Stage, train
+from benchmarks.paper.realnvp import real_nvp
 from p4flows.nflows import replace_permutations
 
 __all__ = ["add_arguments", "run", "table"]
@@ -72,18 +73,3 @@ def table(results: dict[str, Any]) -> str:
             ("largest \\|x − F(F⁻¹(x))\\|", "round_trip", "{:.1e}"),
         ],
     )
-
-
-def comparison(columns: dict[str, dict[str, Any]], lines: list[tuple[str, str, str]]) -> str:
-    """A Markdown table with a column for each origin, and lines (label, key, format)."""
-    cells = [["", *columns]]
-    for label, key, form in lines:
-        values = [column.get(key) for column in columns.values()]
-        cells.append([label, *("" if value is None else form.format(value) for value in values)])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns) + 1)]
-    rendered = []
-    for first, *rest in cells:
-        padded = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]
-        rendered.append("| " + " | ".join(padded) + " |")
-    rule = "|" + "-" * (widths[0] + 2) + "|" + "".join("-" * (w + 1) + ":|" for w in widths[1:])
-    return "\n".join([rendered[0], rule, *rendered[1:]])

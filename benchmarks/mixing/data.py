@@ -10,7 +10,7 @@ import torch
 from sklearn.datasets import load_breast_cancer, load_digits, load_sample_images
 from torch import Tensor
 
-from benchmarks.boltzmann import load_data
+from benchmarks.paper.boltzmann import load_data
 
 __all__ = ["DATASETS", "load"]
 

@@ -19,13 +19,13 @@ from nflows.transforms import LULinear
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.environment import RESULTS, save
-from benchmarks.mixing import Dense, put_between
-from benchmarks.parts import part
-from benchmarks.realnvp import real_nvp
-from benchmarks.swaps_data import load
-from benchmarks.swaps_figure import draw
-from benchmarks.swaps_table import FROM_RANDOM, table
+from benchmarks.harness.environment import RESULTS, save
+from benchmarks.harness.parts import part
+from benchmarks.mixing.data import load
+from benchmarks.mixing.mixes import Dense, put_between
+from benchmarks.mixing.swaps_figure import draw
+from benchmarks.mixing.swaps_table import FROM_RANDOM, table
+from benchmarks.paper.realnvp import real_nvp
 from p4flows import MergeScheduler, P4Inv
 
 __all__ = ["PROBLEMS", "Problem", "add_arguments", "pool_of", "run", "table", "train", "train_all"]
@@ -49,7 +49,7 @@ class Problem:
     lr: float = 1e-3
 
 
-# What :func:`benchmarks.mixing.put_between` makes of a name.
+# What :func:`benchmarks.mixing.mixes.put_between` makes of a name.
 _MIXES: dict[str, dict[str, Any]] = {
     "alternating masks": {"mix": "alternating masks"},
     "reversed": {"mix": "reversed"},

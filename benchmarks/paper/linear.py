@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.claims import table
-from benchmarks.environment import RESULTS, save
-from benchmarks.linear_figure import draw
-from benchmarks.parts import part
+from benchmarks.harness.claims import table
+from benchmarks.harness.environment import RESULTS, save
+from benchmarks.harness.parts import part
+from benchmarks.paper.linear_figure import draw
 from p4flows import MergeScheduler, P4Inv
 
 __all__ = ["add_arguments", "run", "targets"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from benchmarks.linear_layers import METHODS
+from benchmarks.speed.layers import METHODS
 
 __all__ = ["draw"]
 

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from benchmarks.boltzmann import Samples
+from benchmarks.paper.boltzmann import Samples
 
 __all__ = ["draw"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.bgflow_checkout import find_bgflow
-from benchmarks.environment import RESULTS, save
+from benchmarks.harness.bgflow_checkout import find_bgflow
+from benchmarks.harness.environment import RESULTS, save
 from p4flows import MergeScheduler, P4Inv, P4InvStack
 from p4flows.algebra import low_rank_update_
 

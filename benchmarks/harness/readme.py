@@ -9,25 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import (
-    alanine_dipeptide,
-    bridge,
-    claims,
-    cost,
-    demo,
-    density2d,
-    drift,
-    merge,
-    mnist,
-    perturbation,
-    step,
-    swaps,
-)
-from benchmarks.environment import RESULTS
+from benchmarks.harness import claims
+from benchmarks.harness.environment import RESULTS
+from benchmarks.mixing import perturbation, swaps
+from benchmarks.numerics import drift
+from benchmarks.paper import alanine_dipeptide, demo, density2d, mnist
+from benchmarks.speed import bridge, cost, merge, step
 
 __all__ = ["add_arguments", "render", "run"]
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def _with_claims(table: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:

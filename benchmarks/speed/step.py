@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.bgflow_checkout import find_bgflow
-from benchmarks.environment import RESULTS, save
-from benchmarks.realnvp import real_nvp
+from benchmarks.harness.bgflow_checkout import find_bgflow
+from benchmarks.harness.environment import RESULTS, save
+from benchmarks.paper.realnvp import real_nvp
 from p4flows import BentIdentity, MergeScheduler, P4Inv, P4InvStack
 from p4flows.nflows import replace_permutations
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.checkpoint import Checkpoint
-from benchmarks.density2d_figure import draw
-from benchmarks.environment import RESULTS, save
-from benchmarks.toy_densities import DISTRIBUTIONS
+from benchmarks.harness.checkpoint import Checkpoint
+from benchmarks.harness.environment import RESULTS, save
+from benchmarks.paper.density2d_figure import draw
+from benchmarks.paper.toy_densities import DISTRIBUTIONS
 from p4flows import MergeScheduler, P4InvStack
 
 __all__ = ["RealNVP2d", "add_arguments", "run", "table"]

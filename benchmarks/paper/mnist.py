@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from benchmarks.environment import RESULTS, save
-from benchmarks.mnist_figure import draw
-from benchmarks.parts import part
+from benchmarks.harness.environment import RESULTS, save
+from benchmarks.harness.parts import part
+from benchmarks.paper.mnist_figure import draw
 from p4flows import MergeScheduler, P4Linear
 
 __all__ = ["add_arguments", "digits", "network", "run", "table"]

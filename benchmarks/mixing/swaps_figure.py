@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.swaps_table import FROM_RANDOM, at_best_rate
+from benchmarks.mixing.swaps_table import FROM_RANDOM, at_best_rate
 
 __all__ = ["draw"]
 

@@ -12,8 +12,8 @@ from nflows.flows import Flow
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.boltzmann import Data
-from benchmarks.checkpoint import Checkpoint
+from benchmarks.harness.checkpoint import Checkpoint
+from benchmarks.paper.boltzmann import Data
 from p4flows import MergeScheduler, P4Inv
 from p4flows.molecules import regularize_energy
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.bgflow_checkout import find_bgflow
-from benchmarks.drift_figure import draw
-from benchmarks.environment import RESULTS, save
+from benchmarks.harness.bgflow_checkout import find_bgflow
+from benchmarks.harness.environment import RESULTS, save
+from benchmarks.numerics.drift_figure import draw
 from p4flows import MergeScheduler, P4Inv, algebra
 
 __all__ = ["add_arguments", "run", "table"]

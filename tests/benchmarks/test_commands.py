@@ -11,9 +11,9 @@ pytest.importorskip("openmm")
 pytest.importorskip("matplotlib")
 
 from benchmarks import __main__ as command
-from benchmarks.boltzmann import Samples, jensen_shannon
-from benchmarks.readme import README, render
-from benchmarks.realnvp import real_nvp
+from benchmarks.harness.readme import README, render
+from benchmarks.paper.boltzmann import Samples, jensen_shannon
+from benchmarks.paper.realnvp import real_nvp
 from p4flows import MergeScheduler
 from p4flows.nflows import replace_permutations
 

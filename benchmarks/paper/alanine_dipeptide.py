@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.boltzmann import PERTURBATION, TEMPERATURE, Samples, describe, load_data, measure
-from benchmarks.boltzmann_figure import draw
-from benchmarks.boltzmann_training import Stage, train
-from benchmarks.demo import comparison
-from benchmarks.environment import RESULTS, save
-from benchmarks.mixing import put_between
-from benchmarks.realnvp import real_nvp
+from benchmarks.harness.comparison import comparison
+from benchmarks.harness.environment import RESULTS, save
+from benchmarks.paper.boltzmann import PERTURBATION, TEMPERATURE, Samples, describe, load_data, measure
+from benchmarks.paper.boltzmann_figure import draw
+from benchmarks.paper.boltzmann_training import Stage, train
+from benchmarks.paper.realnvp import real_nvp
+from p4flows.nflows import replace_permutations
 
 __all__ = ["FULL", "QUICK", "Run", "add_arguments", "build", "run", "table"]
 
@@ -34,7 +34,7 @@ class Run:
 
     frames: int = 250_000
     couplings: int = 50
-    mix: str = "reversed"
+    mix: str = "reversed"  # or "P4Inv"
     rank: int = 1
     seed: int = 0
     likelihood: Stage = _LIKELIHOOD
@@ -71,7 +71,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 def build(setting: Run, features: int = 60) -> torch.nn.Module:
     """The flow before training."""
     torch.manual_seed(setting.seed)
-    return put_between(real_nvp(features, setting.couplings), features, setting.mix, setting.rank, setting.seed)
+    flow = real_nvp(features, setting.couplings)
+    if setting.mix == "P4Inv":
+        replace_permutations(flow, setting.rank, seed=setting.seed)
+    return flow
 
 
 def run(args: Namespace) -> dict[str, Any]:

@@ -12,14 +12,15 @@ pytest.importorskip("openmm")
 pytest.importorskip("matplotlib")
 
 from benchmarks import __main__ as command
-from benchmarks import alanine_dipeptide, boltzmann_training, density2d, linear, mnist, perturbation, swaps
-from benchmarks.boltzmann import divergence, histograms, kish, load_data
-from benchmarks.checkpoint import Checkpoint
-from benchmarks.density2d import RealNVP2d
-from benchmarks.mixing import MIXES, PERMUTATIONS, put_between
-from benchmarks.parts import part
-from benchmarks.realnvp import real_nvp
-from benchmarks.toy_densities import DISTRIBUTIONS
+from benchmarks.harness.checkpoint import Checkpoint
+from benchmarks.harness.parts import part
+from benchmarks.mixing import perturbation, swaps
+from benchmarks.mixing.mixes import MIXES, PERMUTATIONS, put_between
+from benchmarks.paper import alanine_dipeptide, boltzmann_training, density2d, linear, mnist
+from benchmarks.paper.boltzmann import divergence, histograms, kish, load_data
+from benchmarks.paper.density2d import RealNVP2d
+from benchmarks.paper.realnvp import real_nvp
+from benchmarks.paper.toy_densities import DISTRIBUTIONS
 from p4flows import P4InvStack
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.toy_densities import DISTRIBUTIONS
+from benchmarks.paper.toy_densities import DISTRIBUTIONS
 
 __all__ = ["draw"]
 

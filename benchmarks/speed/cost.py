@@ -14,10 +14,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from benchmarks.bgflow_checkout import find_bgflow
-from benchmarks.cost_figure import draw
-from benchmarks.environment import RESULTS, save
-from benchmarks.linear_layers import METHODS, Evaluation
+from benchmarks.harness.bgflow_checkout import find_bgflow
+from benchmarks.harness.environment import RESULTS, save
+from benchmarks.speed.cost_figure import draw
+from benchmarks.speed.layers import METHODS, Evaluation
 
 __all__ = ["add_arguments", "run", "table"]
 
