@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, Action, ArgumentParser, HelpFormatter, Namespace
 from collections.abc import Sequence
 from importlib import import_module
 
-# The module of a command has ``add_arguments(parser)`` and ``run(args)``. Only that of the command which is asked for
-# is imported: what another one needs may be missing here, and help should not wait for torch.
+from benchmarks.harness.commit import commit
+from benchmarks.harness.interruption import interruptible
+from benchmarks.harness.output import add_output, settle_output
+
+# The module of a command has ``add_arguments(parser)`` and ``run(args)``; FILES, which it writes to ``args.out``; KEPT,
+# the option for ``args.kept``, if it keeps there what an interrupted run goes on from; and COMMITTED, False if its
+# results are not. Only the module that is asked for is imported: others may need what is missing here, and help should
+# not wait for torch.
 COMMANDS = {
-    "demo": ("paper.demo", "alanine dipeptide with fixed and with learned swaps; what `make demo` runs"),
+    "demo": (
+        "paper.demo",
+        "alanine dipeptide with fixed and with learned swaps; what `make demo` runs: 10 minutes on two cores",
+    ),
     "linear": ("paper.linear", "linear problems, Figures 3 to 5"),
     "density2d": ("paper.density2d", "two-dimensional densities, Figures 6 and 8"),
     "alanine_dipeptide": (
@@ -35,31 +44,57 @@ COMMANDS = {
 }
 
 
+class Help(HelpFormatter):
+    """Help that tells every default: numbers and names by itself, what else there is where the text does."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        default = action.default
+        if default is None or isinstance(default, bool) or default == SUPPRESS:
+            return action.help
+        text = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        return f"{action.help} (default: {text.replace('%', '%%')})"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = parse(sys.argv[1:] if arguments is None else list(arguments))
-    args.function(args)
+    with interruptible():
+        args = parse(sys.argv[1:] if arguments is None else list(arguments))
+        try:
+            settle_output(args)
+        except ValueError as error:
+            sys.exit(f"{args.name}: {error}")
+        commit()  # a run takes hours, and files may change meanwhile
+        try:
+            args.function(args)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command goes on from here" if "kept" in args else "") from None
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
     """The arguments of a command, and the function that runs it."""
-    parser = ArgumentParser(prog="python -m benchmarks", description="Measure, and write to benchmarks/results.")
+    parser = ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure, and write to benchmarks/results; with --quick, and for the demo, to out.",
+        epilog="python -m benchmarks NAME --help tells the options of a command.",
+    )
     commands = parser.add_subparsers(required=True, metavar="NAME")
-    for name, (module, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
+    for name, (_, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, formatter_class=Help)
         if name in arguments[:1]:
-            _complete(command, name, module)
+            complete(command, name)
     return parser.parse_args(arguments)
 
 
-def _complete(command: ArgumentParser, name: str, module: str) -> None:
+def complete(parser: ArgumentParser, name: str) -> None:
+    """Import a command, and add its options."""
     try:
-        imported = import_module(f"benchmarks.{module}")
+        module = import_module(f"benchmarks.{COMMANDS[name][0]}")
     except ModuleNotFoundError as error:
-        if error.name.partition(".")[0] in ("benchmarks", "p4flows"):
+        if error.name is None or error.name.partition(".")[0] in ("benchmarks", "p4flows"):
             raise
         sys.exit(f"{name}: {error.name} is not installed (pip install '.[benchmarks]')")
-    imported.add_arguments(command)
-    command.set_defaults(function=imported.run)
+    module.add_arguments(parser)
+    add_output(parser, name, module.FILES, getattr(module, "KEPT", None), getattr(module, "COMMITTED", True))
+    parser.set_defaults(function=module.run)
 
 
 if __name__ == "__main__":

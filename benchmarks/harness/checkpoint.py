@@ -10,7 +10,7 @@ import torch
 
 __all__ = ["Checkpoint"]
 
-_SECONDS_BETWEEN = 60
+_SECONDS_BETWEEN = 10
 
 
 class Checkpoint:
@@ -53,6 +53,6 @@ class Checkpoint:
         self._last = time.monotonic()
 
     def save_if_due(self, **numbers: Any) -> None:
-        """Save once a minute."""
+        """Save, if the last time was ten seconds ago or more."""
         if time.monotonic() - self._last > _SECONDS_BETWEEN:
             self.save(**numbers)

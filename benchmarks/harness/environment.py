@@ -1,4 +1,4 @@
-"""Where and with what a result was measured, and where results are kept."""
+"""Where and with what a result was measured."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-__all__ = ["RESULTS", "environment", "save"]
+from benchmarks.harness.commit import commit
 
-RESULTS = Path(__file__).parent.parent / "results"
+__all__ = ["environment", "save"]
 
 
 def environment() -> dict[str, Any]:
-    """Machine and versions."""
+    """Machine, versions and commit."""
     versions = {}
     for package in ("p4flows", "torch", "numpy", "nflows", "openmm"):
         try:
@@ -27,6 +27,7 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
+        **commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.system()},
         "python": platform.python_version(),
@@ -35,7 +36,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def save(name: str, results: dict[str, Any], folder: Path = RESULTS) -> Path:
+def save(name: str, results: dict[str, Any], folder: Path) -> Path:
     """Write results with the environment to ``folder/name.json``."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"

@@ -10,9 +10,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.environment import RESULTS
+from benchmarks.harness.output import RESULTS
 
-__all__ = ["add_arguments", "render", "run"]
+__all__ = ["FILES", "add_arguments", "render", "run"]
+
+FILES = ()
 
 README = Path(__file__).parents[2] / "README.md"
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.environment import RESULTS, save
-from benchmarks.mixing.swaps import pool_of, train_all
+from benchmarks.harness.environment import save
+from benchmarks.harness.pool import pool_of
+from benchmarks.harness.threads import one_thread
+from benchmarks.mixing.swaps import train_all
 
-__all__ = ["add_arguments", "run", "table"]
+__all__ = ["FILES", "KEPT", "add_arguments", "run", "table"]
+
+FILES = ("perturbation.json",)
+KEPT = "--parts"
 
 # Two couplings leave most to the swaps, so that differences show.
 _FLOW = {"data": "alanine-dipeptide", "couplings": 2, "batch": 256, "hidden": 60, "lr": 1e-3}
@@ -22,15 +26,12 @@ _RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="20 steps and one seed, to see that everything runs")
-    parser.add_argument("--steps", type=int, default=3_000)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3_000, help="of each training")
+    parser.add_argument("--seeds", type=int, default=2, help="trainings of each kind")
     parser.add_argument("--jobs", type=int, default=2, help="flows trained at a time")
-    parser.add_argument(
-        "--parts", type=Path, default=Path("out/perturbation"), help="finished trainings; a run goes on there"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of perturbation.json")
 
 
+@one_thread()
 def run(args: Namespace) -> dict[str, Any]:
     steps, seeds, frames = (20, 1, 1_500) if args.quick else (args.steps, args.seeds, 250_000)
     rules = [{"mix": mix} for mix in ("reversed", "dense")]
@@ -40,7 +41,7 @@ def run(args: Namespace) -> dict[str, Any]:
         {**_FLOW, "steps": steps, "frames": frames, **rule, "seed": seed} for rule in rules for seed in range(seeds)
     ]
     with pool_of(args.jobs) as pool:
-        measured = train_all(pool, args.parts, settings, "trainings")
+        measured = train_all(pool, args.kept, settings, "trainings")
     rows = [{**setting, **result} for setting, result in zip(settings, measured, strict=True)]
     results = {"rows": rows}
     print(f"{save('perturbation', results, args.out)}\n{table(results)}")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,10 @@ from nflows.transforms import LULinear
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.harness.environment import RESULTS, save
+from benchmarks.harness.environment import save
 from benchmarks.harness.parts import part
+from benchmarks.harness.pool import pool_of
+from benchmarks.harness.threads import one_thread
 from benchmarks.mixing.data import load
 from benchmarks.mixing.mixes import Dense, put_between
 from benchmarks.mixing.swaps_figure import draw
@@ -28,7 +29,10 @@ from benchmarks.mixing.swaps_table import FROM_RANDOM, table
 from benchmarks.paper.realnvp import real_nvp
 from p4flows import MergeScheduler, P4Inv
 
-__all__ = ["PROBLEMS", "Problem", "add_arguments", "pool_of", "run", "table", "train", "train_all"]
+__all__ = ["FILES", "KEPT", "PROBLEMS", "Problem", "add_arguments", "run", "table", "train", "train_all"]
+
+FILES = ("swaps.json", "swaps.png")
+KEPT = "--parts"
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,14 @@ PROBLEMS = {
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="20 steps and one seed, to see that everything runs")
-    parser.add_argument("--data", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), metavar="NAME")
+    parser.add_argument(
+        "--data", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), metavar="NAME", help="what to learn"
+    )
     parser.add_argument("--most-couplings", type=int, default=50, help="leave deeper flows out")
     parser.add_argument("--jobs", type=int, default=2, help="flows trained at a time")
-    parser.add_argument("--parts", type=Path, default=Path("out/swaps"), help="finished trainings; a run goes on there")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of swaps.json and swaps.png")
 
 
+@one_thread()
 def run(args: Namespace) -> dict[str, Any]:
     settings = []
     for data in args.data:
@@ -111,17 +116,17 @@ def run(args: Namespace) -> dict[str, Any]:
             for seed in range(seeds if mix in problem.mixes else 1)
         ]
     with pool_of(args.jobs) as pool:
-        equal_steps = train_all(pool, args.parts, settings, "equal steps")
+        equal_steps = train_all(pool, args.kept, settings, "equal steps")
         # Speeds are compared step by step: what else the machine does changes in the course of hours.
         shapes = {(s["data"], s["couplings"]): {**s, "seed": 0, "mixes": PROBLEMS[s["data"]].mixes} for s in settings}
-        relative = dict(zip(shapes, pool.map(partial(_relative_times, args.parts), shapes.values()), strict=True))
+        relative = dict(zip(shapes, pool.map(partial(_relative_times, args.kept), shapes.values()), strict=True))
         timed = {}
         for i, setting in enumerate(settings):
             if setting["mix"] in _LEARNED and setting["seed"] < _TIMED_SEEDS:
                 # As many steps as a flow with fixed permutations takes in the time that the mix under test needs.
                 ratio = max(1.0, relative[setting["data"], setting["couplings"]][setting["mix"]])
                 timed[i] = {**setting, "steps": max(1, round(setting["steps"] / ratio))}
-        equal_time = dict(zip(timed, train_all(pool, args.parts, list(timed.values()), "equal time"), strict=True))
+        equal_time = dict(zip(timed, train_all(pool, args.kept, list(timed.values()), "equal time"), strict=True))
     rows = []
     for i, (setting, measured) in enumerate(zip(settings, equal_steps, strict=True)):
         rows.append({**setting, **measured})
@@ -132,12 +137,6 @@ def run(args: Namespace) -> dict[str, Any]:
     path = save("swaps", results, args.out)
     print(f"{path}\n{draw(rows, args.out / 'swaps.png')}\n{table(results)}")
     return results
-
-
-def pool_of(jobs: int) -> Executor:
-    """Spawned processes that share the threads of torch."""
-    threads = max(1, torch.get_num_threads() // jobs)
-    return ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
 
 
 def train_all(pool: Executor, folder: Path, settings: list[dict[str, Any]], title: str) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ import math
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +13,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.harness.bgflow_checkout import find_bgflow
-from benchmarks.harness.environment import RESULTS, save
+from benchmarks.harness.environment import save
+from benchmarks.harness.threads import one_thread
 from benchmarks.numerics.drift_figure import draw
 from p4flows import MergeScheduler, P4Inv, algebra
 
-__all__ = ["add_arguments", "run", "table"]
+__all__ = ["FILES", "add_arguments", "run", "table"]
+
+FILES = ("drift.json", "drift.png")
 
 _MERGES = {2: 100_000, 66: 100_000, 512: 20_000, 2048: 500}
 _STEPS = 10  # between merges
@@ -26,12 +28,14 @@ _BATCH = 32
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--widths", type=int, nargs="+", default=[2, 66, 512, 2048])
-    parser.add_argument("--merges", type=int, help="by default 100,000; 20,000 for n = 512; 500 for n = 2048")
+    parser.add_argument("--widths", type=int, nargs="+", default=[2, 66, 512, 2048], help="of the layers")
+    parser.add_argument(
+        "--merges", type=int, help="for each width (default: 100,000; 20,000 for n = 512; 500 for n = 2048)"
+    )
     parser.add_argument("--points", type=int, default=25, help="at which errors are measured")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of drift.json and drift.png")
 
 
+@one_thread()
 def run(args: Namespace) -> dict[str, Any]:
     peers = {}
     if find_bgflow():

@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.harness.checkpoint import Checkpoint
-from benchmarks.harness.environment import RESULTS, save
+from benchmarks.harness.environment import save
+from benchmarks.harness.threads import one_thread
 from benchmarks.paper.density2d_figure import draw
 from benchmarks.paper.toy_densities import DISTRIBUTIONS
 from p4flows import MergeScheduler, P4InvStack
 
-__all__ = ["RealNVP2d", "add_arguments", "run", "table"]
+__all__ = ["FILES", "KEPT", "RealNVP2d", "add_arguments", "run", "table"]
+
+FILES = ("density2d.json", "density2d.png")
+KEPT = "--checkpoints"
 
 _BLOCKS, _BATCH, _LEARNING_RATE, _EPOCHS = 100, 200, 5e-3, 8
 _HALF_WIDTH, _GRID = 4.5, 180
@@ -30,13 +34,9 @@ Map = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 def add_arguments(parser: ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--full", action="store_true", help="the 160,000 steps of the paper, not 40,000")
+    size.add_argument("--full", action="store_true", help="the 160,000 steps of the paper (default: 40,000)")
     size.add_argument("--quick", action="store_true", help="80 steps, to see that everything runs")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--checkpoints", type=Path, default=Path("out/density2d"), help="an interrupted run goes on there"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of density2d.json and density2d.png")
+    parser.add_argument("--seed", type=int, default=0, help="of data, networks and training")
 
 
 class RealNVP2d(nn.Module):
@@ -84,6 +84,7 @@ class RealNVP2d(nn.Module):
         return torch.cat([a, b], -1), total.squeeze(-1)
 
 
+@one_thread()
 def run(args: Namespace) -> dict[str, Any]:
     steps = 80 if args.quick else 160_000 if args.full else 40_000
     count = len(DISTRIBUTIONS)
@@ -95,7 +96,7 @@ def run(args: Namespace) -> dict[str, Any]:
     }
     rows, densities = [], {}
     for name, (model, inverse) in models.items():
-        seconds = train(model, inverse, steps, name, args.seed, args.checkpoints / f"{name} {args.seed}.pt")
+        seconds = train(model, inverse, steps, name, args.seed, args.kept / f"{name} {args.seed}.pt")
         measured, densities[name] = measure(model.inverse if inverse else model, args.seed)
         for title, row in measured.items():
             parameters = sum(p.numel() for p in model.parameters()) // count

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +11,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.harness.claims import table
-from benchmarks.harness.environment import RESULTS, save
+from benchmarks.harness.environment import save
 from benchmarks.harness.parts import part
+from benchmarks.harness.threads import one_thread
 from benchmarks.paper.linear_figure import draw
 from p4flows import MergeScheduler, P4Inv
 
-__all__ = ["add_arguments", "run", "targets"]
+__all__ = ["FILES", "KEPT", "add_arguments", "run", "targets"]
+
+FILES = ("linear.json", "linear.png")
+KEPT = "--parts"
 
 _LEARNING_RATE = 1e-2
 _BATCH = 64
@@ -85,14 +88,11 @@ PROBLEMS = {
 
 def add_arguments(parser: ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--full", action="store_true", help="40,000 to 80,000 steps for each of 21 trainings (default)")
+    size.add_argument("--full", action="store_true", help="40,000 to 80,000 steps for each training (the default)")
     size.add_argument("--quick", action="store_true", help="a thousandth of the steps, to see that everything runs")
-    parser.add_argument(
-        "--parts", type=Path, default=Path("out/linear"), help="finished trainings; a run goes on there"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of linear.json and linear.png")
 
 
+@one_thread()
 def run(args: Namespace) -> dict[str, Any]:
     rows = []
     for name, problem in PROBLEMS.items():
@@ -100,7 +100,7 @@ def run(args: Namespace) -> dict[str, Any]:
         for title, method in problem.methods.items():
             settings = {"target": problem.target, "steps": steps, "batch": _BATCH, **asdict(method)}
             curves = part(
-                args.parts,
+                args.kept,
                 settings,
                 lambda problem=problem, method=method, steps=steps, title=f"{name}: {title}": train(
                     targets()[problem.target], method, steps, title

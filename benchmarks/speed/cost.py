@@ -7,7 +7,6 @@ import statistics
 import time
 import warnings
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +14,13 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from benchmarks.harness.bgflow_checkout import find_bgflow
-from benchmarks.harness.environment import RESULTS, save
+from benchmarks.harness.environment import save
 from benchmarks.speed.cost_figure import draw
 from benchmarks.speed.layers import METHODS, Evaluation
 
-__all__ = ["add_arguments", "run", "table"]
+__all__ = ["FILES", "add_arguments", "run", "table"]
+
+FILES = ("cost.json", "cost.png")
 
 DIRECTIONS = ("forward", "inverse")
 _TOO_SLOW = 1.0  # seconds; a method that took longer is left out of wider layers
@@ -27,11 +28,12 @@ _BLOCK = 0.03  # seconds; evaluations of one method that are timed together
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--widths", type=int, nargs="+", default=[2, 16, 64, 256, 512, 1024, 2048, 4096, 8192])
-    parser.add_argument("--batches", type=int, nargs="+", default=[32, 256])
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=[2, 16, 64, 256, 512, 1024, 2048, 4096, 8192], help="of the layers"
+    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[32, 256], help="batch sizes")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each width, batch and direction")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of cost.json and cost.png")
+    parser.add_argument("--device", default="cpu", help="where to measure: cpu or cuda")
 
 
 def run(args: Namespace) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import statistics
 import time
 import warnings
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,18 +13,19 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks.harness.bgflow_checkout import find_bgflow
-from benchmarks.harness.environment import RESULTS, save
+from benchmarks.harness.environment import save
 from p4flows import MergeScheduler, P4Inv, P4InvStack
 from p4flows.algebra import low_rank_update_
 
-__all__ = ["add_arguments", "run", "table"]
+__all__ = ["FILES", "add_arguments", "run", "table"]
+
+FILES = ("merge.json",)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[200, 50, 1], help="numbers of layers")
     parser.add_argument("--widths", type=int, nargs="+", default=[2, 60, 4096], help="and their widths, in pairs")
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of merge.json")
+    parser.add_argument("--rounds", type=int, default=31, help="turns of each, of which the median is taken")
 
 
 def run(args: Namespace) -> dict[str, Any]:

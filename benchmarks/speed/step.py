@@ -7,7 +7,6 @@ import time
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +14,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.harness.bgflow_checkout import find_bgflow
-from benchmarks.harness.environment import RESULTS, save
+from benchmarks.harness.environment import save
 from benchmarks.paper.realnvp import real_nvp
 from p4flows import BentIdentity, MergeScheduler, P4Inv, P4InvStack
 from p4flows.nflows import replace_permutations
 
-__all__ = ["add_arguments", "run", "table"]
+__all__ = ["FILES", "add_arguments", "run", "table"]
+
+FILES = ("step.json",)
 
 Step = Callable[[], None]
 
@@ -29,9 +30,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--depth", type=int, default=200, help="layers of the two-dimensional network")
     parser.add_argument("--models", type=int, nargs="+", default=[4, 16], help="networks side by side")
     parser.add_argument("--couplings", type=int, default=50, help="of the alanine dipeptide flow")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each, of which the median is taken")
     parser.add_argument("--compile", action="store_true", help="with torch.compile too: some minutes")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of step.json")
 
 
 def run(args: Namespace) -> dict[str, Any]:

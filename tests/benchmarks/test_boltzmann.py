@@ -1,5 +1,8 @@
 """Boltzmann generators of alanine dipeptide in benchmarks/paper: that they run, resume and are right."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -8,6 +11,7 @@ pytest.importorskip("nflows")
 pytest.importorskip("openmm")
 pytest.importorskip("matplotlib")
 
+from benchmarks.harness.readme import README
 from benchmarks.paper import alanine_dipeptide, boltzmann_training
 from benchmarks.paper.boltzmann import Samples, divergence, histograms, jensen_shannon, kish, load_data
 from benchmarks.paper.realnvp import real_nvp
@@ -50,7 +54,7 @@ def test_the_flow_compiles_to_one_graph_in_both_directions_and_merges_do_not_rec
 
 @pytest.mark.filterwarnings("ignore:.*Tight layout.*")
 def test_demo(call, tmp_path, capsys):
-    results = call("demo --frames 500 --steps 30 --couplings 2 --samples 100")
+    results = call(f"demo --frames 500 --steps 30 --couplings 2 --samples 100 --checkpoints {tmp_path / 'kept'}")
     rows = results["rows"]
     assert rows["RealNVP + P4Inv"]["parameters"] == rows["RealNVP"]["parameters"] + 2 * 180
     assert rows["RealNVP + P4Inv"]["counters"]["merged"] == 6
@@ -59,7 +63,38 @@ def test_demo(call, tmp_path, capsys):
     assert rows["MD + 0.004 nm"]["energy_median"] > rows["MD"]["energy_median"] + 15
     assert results["environment"]["versions"]["torch"]
     assert (tmp_path / "demo.png").stat().st_size > 10_000
-    assert "held-out NLL" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "held-out NLL" in printed
+    lines = [line.strip() for line in printed.splitlines() if line.startswith("    ")]
+    assert len(lines) == 3
+    check = "assert x.shape == (1000, 66) and x.isfinite().all(), x; print(list(saved))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", "\n".join([*lines, check])], cwd=README.parent, capture_output=True, text=True
+    )
+    assert loaded.stdout.strip() == "['coordinates', 'RealNVP', 'RealNVP + P4Inv']", loaded.stderr
+    assert not list((tmp_path / "kept").iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:.*Tight layout.*")
+def test_the_demo_goes_on_where_it_was_interrupted(call, interrupt, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(boltzmann_training, "_WINDOW", 5)
+    command = "demo --frames 400 --steps 20 --couplings 2 --samples 100 --checkpoints"
+    expected = call(f"{command} {tmp_path / 'a'}")["rows"]
+    steps = interrupt(5)  # three of the first flow, and its last one without asking; then two of the second
+    with pytest.raises(SystemExit) as ended:
+        call(f"{command} {tmp_path / 'b'}")
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.endswith("\ninterrupted: the same command goes on from here\n")
+    # With other settings nothing of this is used.
+    other = call(f"{command.replace('20', '15')} {tmp_path / 'b'}")
+    assert len(other["rows"]["RealNVP"]["curve"]) == 3
+    steps.clear()
+    resumed = call(f"{command} {tmp_path / 'b'}")["rows"]
+    assert steps == [15]
+    for rows in (expected, resumed):
+        for row in rows.values():
+            row.pop("ms_per_step", None)
+    assert resumed == expected
 
 
 def test_alanine_dipeptide_has_the_paper_s_architecture():
