@@ -7,10 +7,10 @@ BIN := .venv/bin
 help:  ## what there is to make
 	@awk -F ':.*## ' '/^[a-z_-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: install  ## alanine dipeptide with fixed and with learned swaps: a table, a picture and two flows in out/
+demo: install  ## alanine dipeptide with fixed and with learned swaps: a table, a picture and two flows in out/: 10 minutes on two cores
 	$(BIN)/python -m benchmarks demo
 
-test: install  ## all tests and doctests
+test: install  ## all tests and doctests: 10 minutes on two cores
 	$(BIN)/python -m pytest -n auto
 
 lint: install  ## style, by ruff

@@ -11,6 +11,8 @@ pytest.importorskip("nflows")
 pytest.importorskip("openmm")
 pytest.importorskip("matplotlib")
 
+from running import call, interrupt
+
 from benchmarks.harness.readme import README
 from benchmarks.paper import alanine_dipeptide, boltzmann_training
 from benchmarks.paper.boltzmann import Samples, divergence, histograms, jensen_shannon, kish, load_data
@@ -53,8 +55,12 @@ def test_the_flow_compiles_to_one_graph_in_both_directions_and_merges_do_not_rec
 
 
 @pytest.mark.filterwarnings("ignore:.*Tight layout.*")
-def test_demo(call, tmp_path, capsys):
-    results = call(f"demo --frames 500 --steps 30 --couplings 2 --samples 100 --checkpoints {tmp_path / 'kept'}")
+def test_demo(monkeypatch, tmp_path, capsys):
+    results = call(
+        monkeypatch,
+        tmp_path,
+        f"demo --frames 500 --steps 30 --couplings 2 --samples 100 --checkpoints {tmp_path / 'kept'}",
+    )
     rows = results["rows"]
     assert rows["RealNVP + P4Inv"]["parameters"] == rows["RealNVP"]["parameters"] + 2 * 180
     assert rows["RealNVP + P4Inv"]["counters"]["merged"] == 6
@@ -76,20 +82,21 @@ def test_demo(call, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.*Tight layout.*")
-def test_the_demo_goes_on_where_it_was_interrupted(call, interrupt, monkeypatch, tmp_path, capsys):
+def test_the_demo_goes_on_where_it_was_interrupted(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(boltzmann_training, "_WINDOW", 5)
     command = "demo --frames 400 --steps 20 --couplings 2 --samples 100 --checkpoints"
-    expected = call(f"{command} {tmp_path / 'a'}")["rows"]
-    steps = interrupt(5)  # three of the first flow, and its last one without asking; then two of the second
+    expected = call(monkeypatch, tmp_path, f"{command} {tmp_path / 'a'}")["rows"]
+    # Three in the first flow, whose last one does not ask whether it is due; two in the second.
+    steps = interrupt(monkeypatch, 5)
     with pytest.raises(SystemExit) as ended:
-        call(f"{command} {tmp_path / 'b'}")
+        call(monkeypatch, tmp_path, f"{command} {tmp_path / 'b'}")
     assert ended.value.code == 130
     assert capsys.readouterr().err.endswith("\ninterrupted: the same command goes on from here\n")
     # With other settings nothing of this is used.
-    other = call(f"{command.replace('20', '15')} {tmp_path / 'b'}")
+    other = call(monkeypatch, tmp_path, f"{command.replace('20', '15')} {tmp_path / 'b'}")
     assert len(other["rows"]["RealNVP"]["curve"]) == 3
     steps.clear()
-    resumed = call(f"{command} {tmp_path / 'b'}")["rows"]
+    resumed = call(monkeypatch, tmp_path, f"{command} {tmp_path / 'b'}")["rows"]
     assert steps == [15]
     for rows in (expected, resumed):
         for row in rows.values():
@@ -108,10 +115,10 @@ def test_alanine_dipeptide_has_the_paper_s_architecture():
 
 
 @pytest.mark.filterwarnings("ignore:.*Tight layout.*")
-def test_alanine_dipeptide(call, monkeypatch, tmp_path):
+def test_alanine_dipeptide(monkeypatch, tmp_path):
     quick = alanine_dipeptide.replace(alanine_dipeptide.QUICK, frames=400, samples=100)
     monkeypatch.setattr(alanine_dipeptide, "QUICK", quick)
-    results = call(f"alanine_dipeptide --quick --checkpoints {tmp_path / 'checkpoints'}")
+    results = call(monkeypatch, tmp_path, f"alanine_dipeptide --quick --checkpoints {tmp_path / 'checkpoints'}")
     rows = results["rows"]
     assert set(rows) == {"MD", "MD + 0.004 nm", "RealNVP", "RealNVP + P4Inv"}
     for name in ("RealNVP", "RealNVP + P4Inv"):
@@ -125,12 +132,12 @@ def test_alanine_dipeptide(call, monkeypatch, tmp_path):
     assert rows["RealNVP + P4Inv"]["likelihood"]["counters"]["merged"] == 6 * 4
     assert rows["RealNVP + P4Inv"]["energy"]["counters"]["merged"] == 3 * 4
     # Finished stages are read from their checkpoints.
-    again = call(f"alanine_dipeptide --quick --checkpoints {tmp_path / 'checkpoints'}")
+    again = call(monkeypatch, tmp_path, f"alanine_dipeptide --quick --checkpoints {tmp_path / 'checkpoints'}")
     assert again["rows"] == rows
 
 
 @pytest.mark.parametrize("energy_weight", [0.0, 0.05])
-def test_training_goes_on_after_an_interruption(monkeypatch, tmp_path, interrupt, energy_weight):
+def test_training_goes_on_after_an_interruption(monkeypatch, tmp_path, energy_weight):
     monkeypatch.setenv("P4FLOWS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(boltzmann_training, "_WINDOW", 4)
     data = load_data(100)
@@ -138,7 +145,7 @@ def test_training_goes_on_after_an_interruption(monkeypatch, tmp_path, interrupt
     stage = boltzmann_training.Stage(20, batch=16, **options)
     flows = [alanine_dipeptide.build(alanine_dipeptide.replace(alanine_dipeptide.QUICK, mix="P4Inv")) for _ in range(3)]
     expected = boltzmann_training.train(flows[0], data, stage)
-    counts = interrupt(2)
+    counts = interrupt(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         boltzmann_training.train(flows[1], data, stage, checkpoint=tmp_path / "flow.pt")
     result = boltzmann_training.train(flows[2], data, stage, checkpoint=tmp_path / "flow.pt")

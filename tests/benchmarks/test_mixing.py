@@ -8,6 +8,8 @@ pytest.importorskip("openmm")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
+from running import call
+
 from benchmarks.mixing import perturbation, swaps
 from benchmarks.mixing.mixes import MIXES, PERMUTATIONS, put_between
 from benchmarks.paper.realnvp import real_nvp
@@ -33,9 +35,9 @@ def test_mixes_between_couplings(mix, start):
     assert all(p.grad is not None for p in flow.parameters())
 
 
-def test_swaps(call, tmp_path):
+def test_swaps(monkeypatch, tmp_path):
     parts = f"--jobs 1 --parts {tmp_path / 'parts'}"
-    results = call(f"swaps --quick --data breast-cancer {parts}")
+    results = call(monkeypatch, tmp_path, f"swaps --quick --data breast-cancer {parts}")
     fixed, learned = ("alternating masks", "reversed", "random"), ("LU", "dense", "P4Inv, rank 1", "P4Inv, rank 8")
     rows = {(row["mix"], row.get("perturbation_lr")): row for row in results["rows"]}
     assert set(rows) == {*((mix, None) for mix in (*fixed, *learned)), *((mix, 0.003) for mix in learned)}
@@ -60,10 +62,10 @@ def test_swaps_of_equal_settings_are_equal():
     assert swaps.train(**setting, perturbation_lr=1e-5)["nll"] > same
 
 
-def test_perturbation(call, monkeypatch, tmp_path):
+def test_perturbation(monkeypatch, tmp_path):
     monkeypatch.setattr(perturbation, "_FLOW", perturbation._FLOW | {"data": "breast-cancer"})
     parts = f"--jobs 1 --parts {tmp_path / 'parts'}"
-    results = call(f"perturbation --quick {parts}")
+    results = call(monkeypatch, tmp_path, f"perturbation --quick {parts}")
     assert len(results["rows"]) == 2 + 2 * 4 * 4
     lines = perturbation.table(results).splitlines()
     assert len(lines) == 2 + 2 + 2 * 4

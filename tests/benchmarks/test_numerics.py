@@ -4,10 +4,12 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from running import call
+
 
 @pytest.mark.filterwarnings("ignore:.*bgflow.*", "ignore:.*Tight layout.*")
-def test_drift(call):
-    results = call("drift --widths 3 20 --merges 60 --points 5")
+def test_drift(monkeypatch, tmp_path):
+    results = call(monkeypatch, tmp_path, "drift --widths 3 20 --merges 60 --points 5")
     ours = [row for row in results["rows"] if row["method"] == "P4Inv"]
     assert {(row["n"], row["dtype"], row["perturbations"]) for row in ours} == {
         (n, dtype, kind) for n in (3, 20) for dtype in ("float32", "float64") for kind in ("random", "adversarial")

