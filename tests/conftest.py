@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from benchmarks.bgflow_checkout import find_bgflow
+from benchmarks.harness.bgflow_checkout import find_bgflow
 
 # The tests run in several processes; threads of small operations would fight over the cores.
 torch.set_num_threads(1)

@@ -8,7 +8,8 @@ sbi = pytest.importorskip("sbi", reason="sbi is not installed (pip install 'p4fl
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def test_npe_on_nflows_trains_learned_permutations():
+def test_npe_on_nflows_trains_learned_permutations(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # every version of sbi logs to ./sbi-logs unless told otherwise, each in its own way
     from sbi.inference import NPE
     from sbi.neural_nets import posterior_nn
 
@@ -33,6 +34,7 @@ def test_npe_on_nflows_trains_learned_permutations():
     inference.append_simulations(theta, x)
     inference.train(max_num_epochs=60, training_batch_size=50, learning_rate=3e-3, show_train_summary=False)
     scheduler = schedulers[0]()
+    assert (tmp_path / "sbi-logs").is_dir()
     assert scheduler.steps >= 30 * 10
     assert scheduler.counters["merged"] == 3 * (scheduler.steps // 10)
     assert all((layer.A != 0).all() for layer in layers)

@@ -1,0 +1,1 @@
+"""Which maps between couplings pay, and how to train them."""

@@ -1,0 +1,1 @@
+"""How far tracked inverses and log-determinants are off."""

@@ -1,0 +1,191 @@
+"""Long runs: how far A_inv and log|det| are off after up to 100,000 merges, and what keeping them right costs."""
+
+from __future__ import annotations
+
+import math
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.harness.bgflow_checkout import find_bgflow
+from benchmarks.harness.environment import save
+from benchmarks.harness.threads import one_thread
+from benchmarks.numerics.drift_figure import draw
+from p4flows import MergeScheduler, P4Inv, algebra
+
+__all__ = ["FILES", "add_arguments", "run", "table"]
+
+FILES = ("drift.json", "drift.png")
+
+_MERGES = {2: 100_000, 66: 100_000, 512: 20_000, 2048: 500}
+_STEPS = 10  # between merges
+_BATCH = 32
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--widths", type=int, nargs="+", default=[2, 66, 512, 2048], help="of the layers")
+    parser.add_argument(
+        "--merges", type=int, help="for each width (default: 100,000; 20,000 for n = 512; 500 for n = 2048)"
+    )
+    parser.add_argument("--points", type=int, default=25, help="at which errors are measured")
+
+
+@one_thread()
+def run(args: Namespace) -> dict[str, Any]:
+    peers = {}
+    if find_bgflow():
+        peers = {"bgflow": lambda n: _Bgflow(n, 50), "bgflow, no correction": lambda n: _Bgflow(n, None)}
+    rows = []
+    for n in args.widths:
+        merges = args.merges or _MERGES.get(n, 10_000)
+        for adversarial in (False, True):
+            for dtype in (torch.float32, torch.float64):
+                rows.append(_follow("P4Inv", _Ours(n, dtype, adversarial), merges, adversarial, args.points))
+        # bgflow's layers are in float32; its scheduler has no way to merge an adversarial perturbation at once.
+        rows += [_follow(name, make(n), merges, False, args.points) for name, make in peers.items()]
+    results = {"steps_between_merges": _STEPS, "batch": _BATCH, "rows": rows}
+    path = save("drift", results, args.out)
+    print(f"{path}\n{draw(results, args.out / 'drift.png')}\n{table(results)}")
+    return results
+
+
+class _TimedP4Inv(P4Inv):
+    """Adds up the time that error control takes: probes and corrections."""
+
+    seconds = 0.0
+
+    @classmethod
+    def correct_all(cls, *arguments: Any, **options: Any) -> Tensor:
+        start = time.perf_counter()
+        try:
+            return super().correct_all(*arguments, **options)
+        finally:
+            cls.seconds += time.perf_counter() - start
+
+
+class _Ours:
+    def __init__(self, n: int, dtype: torch.dtype, adversarial: bool) -> None:
+        self.layer = _TimedP4Inv(n, bias=False, dtype=dtype)
+        _TimedP4Inv.seconds = 0.0
+        self.optimizer = torch.optim.SGD(self.layer.parameters(), lr=0.0)
+        self.scheduler = MergeScheduler(self.layer, self.optimizer, every=1, force_every=1 if adversarial else 10)
+        self.u, self.v = self.layer.U[:, 0].detach(), self.layer.V[:, 0].detach()
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.layer.A, self.layer.A_inv, self.layer.logabsdet_A
+
+    def described(self) -> dict[str, Any]:
+        return {"counters": self.scheduler.counters, "error_control_s": _TimedP4Inv.seconds}
+
+
+class _Bgflow:
+    def __init__(self, n: int, correct_every: int | None) -> None:
+        from bgflow import InvertiblePPPP, PPPPScheduler
+
+        self.layer = InvertiblePPPP(n, shift=False, penalty_parameter=0.0)
+        self.optimizer = torch.optim.SGD(self.layer.parameters(), lr=0.0)
+        self.scheduler = PPPPScheduler(self.layer, self.optimizer, n_correct=correct_every)
+        self.u, self.v = self.layer.u.detach(), self.layer.v.detach()
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.layer.A, self.layer.Ainv, self.layer.detA.abs().log()
+
+    def described(self) -> dict[str, Any]:
+        return {}
+
+
+def _follow(name: str, run: _Ours | _Bgflow, merges: int, adversarial: bool, points: int) -> dict[str, Any]:
+    """Merge again and again; errors at some points, and the times of merges and of training steps."""
+    A = run.matrices[0]
+    n, generator = len(A), torch.Generator().manual_seed(0)
+    step_s = _training_step(run.layer, run.optimizer)
+    measured = set(torch.logspace(0, torch.log10(torch.tensor(float(merges))), points).long().tolist()) | {merges}
+    errors, merge_s = [], 0.0
+    kind = "adversarial" if adversarial else "random"
+    title = f"n = {n}, {name}, {kind}, {str(A.dtype).removeprefix('torch.')}"
+    for i in tqdm(range(1, merges + 1), desc=title, mininterval=5):
+        run.u.copy_(_perturbation(i, run, generator, adversarial))
+        start = time.perf_counter()
+        run.scheduler.step()
+        merge_s += time.perf_counter() - start
+        if i in measured:
+            errors.append({"merges": i, **_errors(*run.matrices)})
+    return {
+        "n": n,
+        "method": name,
+        "dtype": str(A.dtype).removeprefix("torch."),
+        "perturbations": kind,
+        "errors": errors,
+        "merge_s": merge_s,
+        "step_s": step_s * _STEPS * merges,
+        **run.described(),
+    }
+
+
+def _perturbation(i: int, run: _Ours | _Bgflow, generator: torch.Generator, adversarial: bool) -> Tensor:
+    """u as ten Adam steps of 1e-3 move it; each tenth adversarial one makes A all but singular, the next repairs it."""
+    u = 0.01 * torch.randn(len(run.u), generator=generator)
+    if adversarial and i % 10 == 0:
+        G = 10.0 ** -(1 + i // 10 % 4)  # down to 1e-4
+        v = run.v.double()
+        return run.matrices[0].double() @ v * ((G - 1) / v.square().sum())
+    return 100 * u if adversarial and i % 10 == 1 else u
+
+
+def _errors(A: Tensor, A_inv: Tensor, logabsdet: Tensor) -> dict[str, float]:
+    exact = A.double()
+    best = torch.linalg.inv(exact).to(A.dtype).double()
+    errors = {
+        "residual": algebra.residual(exact, A_inv.double()).abs().max().item(),
+        "residual_of_rounded_inverse": algebra.residual(exact, best).abs().max().item(),
+        "logabsdet_error": (torch.linalg.slogdet(exact)[1] - logabsdet.double()).abs().item(),
+        "condition": torch.linalg.cond(exact).item(),
+    }
+    return {key: value if math.isfinite(value) else None for key, value in errors.items()}  # JSON has no infinity
+
+
+def _training_step(layer: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    """Seconds of a step in both directions, the median of some."""
+    x = torch.randn(_BATCH, len(layer.U) if isinstance(layer, P4Inv) else layer.dim).to(next(layer.parameters()))
+    inverse: Callable = layer.inverse if isinstance(layer, P4Inv) else lambda y: layer(y, inverse=True)
+    times = []
+    for _ in range(25):
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        (y, forward), (z, backward) = layer(x), inverse(x)
+        ((y.square().sum() + z.square().sum()) / 2 - forward.sum() - backward.sum()).backward()
+        optimizer.step()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def _number(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def table(results: dict[str, Any]) -> str:
+    """The worst errors of each run in float32, as a Markdown table."""
+    header = ["n", "method", "perturbations", "merges", "largest residual", "of the rounded exact inverse"]
+    header += ["largest error of ln\\|det\\|", "corrections", "error control, of merges and steps"]
+    lines = [header, ["---:", "---", "---", *["---:"] * 6]]
+    for row in results["rows"]:
+        if row["dtype"] != "float32":
+            continue
+        worst = max(row["errors"], key=lambda e: _number(e["residual"]))
+        wrong = max(_number(e["logabsdet_error"]) for e in row["errors"])
+        errors = _number(worst["residual"]), worst["residual_of_rounded_inverse"], wrong
+        control = ["–", "–"]
+        if "counters" in row:
+            share = row["error_control_s"] / (row["merge_s"] + row["step_s"])
+            control = [f"{row['counters']['corrections']:,}", f"{100 * share:.1f} %"]
+        merges = f"{row['errors'][-1]['merges']:,}"
+        which = [str(row["n"]), row["method"], row["perturbations"], merges]
+        lines.append([*which, *(f"{e:.1e}" for e in errors), *control])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,126 @@
+"""Training a Boltzmann generator, by data and by energy, so that an interrupted run goes on where it was."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from nflows.flows import Flow
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.harness.checkpoint import Checkpoint
+from benchmarks.paper.boltzmann import Data
+from p4flows import MergeScheduler, P4Inv
+from p4flows.molecules import regularize_energy
+
+__all__ = ["Stage", "train"]
+
+_WINDOW = 100  # steps that a point of the training curve is the mean of
+_E_HIGH, _E_MAX = 100.0, 1e20  # kT; beyond the first, energies count by their logarithm
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training by Adam. With ``energy_weight`` w_e / w_l, the reverse divergence is in the loss too."""
+
+    steps: int
+    batch: int = 256
+    lr: float = 1e-3
+    schedule: str = "constant"  # or "cosine"
+    energy_weight: float = 0.0
+    every: int = 10
+    correct_every: int | None = None
+    reset: str = "momentum"
+    seed: int = 0
+
+
+class _Loss:
+    """-log q(z) averaged over data; for an energy weight w, plus w times the mean of u(x) + log q(x) over samples."""
+
+    def __init__(self, flow: Flow, data: Data, stage: Stage, compiled: bool) -> None:
+        self.flow, self.data, self.stage = flow, data, stage
+        self.to_noise, self.to_data = flow._transform, flow._transform.inverse
+        if compiled:
+            # Batches of one size: a graph that is good for others too would be slower.
+            self.to_noise, self.to_data = (torch.compile(f, dynamic=False) for f in (self.to_noise, self.to_data))
+
+    def __call__(self, generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(self.data.z), (self.stage.batch,), generator=generator)
+        noise, logabsdet = self.to_noise(self.data.z[rows])
+        likelihood = -(self.flow._distribution.log_prob(noise) + logabsdet).mean()
+        if not self.stage.energy_weight:
+            return likelihood
+        noise = torch.randn(self.stage.batch, self.data.z.shape[1], generator=generator)
+        z, logabsdet = self.to_data(noise)
+        x, volume = self.data.coordinates.inverse(z)
+        energy = regularize_energy(self.data.energy(x), _E_HIGH, _E_MAX)
+        divergence = (energy - logabsdet - volume + self.flow._distribution.log_prob(noise)).mean()
+        return likelihood + self.stage.energy_weight * divergence
+
+
+def train(
+    flow: Flow, data: Data, stage: Stage, name: str = "", checkpoint: Path | None = None, compiled: bool = False
+) -> dict[str, Any]:
+    """Train, from ``checkpoint`` on if there is one. Merges are attached where there is something to merge."""
+    generator = torch.Generator().manual_seed(stage.seed)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=stage.lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    if stage.schedule == "cosine":
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, stage.steps)
+    scheduler = None
+    if any(isinstance(module, P4Inv) for module in flow.modules()):
+        scheduler = MergeScheduler(
+            flow, optimizer, every=stage.every, correct_every=stage.correct_every, reset=stage.reset
+        ).attach()
+    loss = _Loss(flow, data, stage, compiled)
+    kept = Checkpoint(
+        checkpoint,
+        asdict(stage),
+        flow=flow,
+        optimizer=optimizer,
+        schedule=schedule,
+        merges=scheduler,
+        generator=generator,
+    )
+    numbers = {"step": 0, "seconds": 0.0, "curve": [], "bad": 0} | kept.restore()
+    done = numbers["step"]
+
+    flow.train()
+    recent: list[Tensor] = []
+    start = time.perf_counter()
+    window = min(_WINDOW, stage.steps)
+    with tqdm(range(done, stage.steps), desc=name, unit="step", initial=done, total=stage.steps, mininterval=1) as bar:
+        for step in range(done + 1, stage.steps + 1):
+            optimizer.zero_grad()
+            value = loss(generator)
+            value.backward()
+            if stage.energy_weight and not torch.nn.utils.get_total_norm(_gradients(flow)).isfinite():
+                numbers["bad"] += 1  # a sample on a singularity of the energy must not end the run
+            else:
+                optimizer.step()
+            schedule.step()
+            recent.append(value.detach())
+            bar.update()
+            if step % window == 0 or step == stage.steps:
+                now = time.perf_counter()
+                numbers["step"] = step
+                numbers["seconds"] += now - start
+                numbers["curve"].append(torch.stack(recent).mean().item())
+                start = now
+                recent.clear()
+                bar.set_postfix(loss=f"{numbers['curve'][-1]:.2f}")
+                (kept.save if step == stage.steps else kept.save_if_due)(**numbers)
+    return {
+        "ms_per_step": 1000 * numbers["seconds"] / stage.steps,
+        "curve": [round(value, 4) for value in numbers["curve"]],
+        "unusable_batches": numbers["bad"],
+        "counters": scheduler.counters if scheduler else None,
+    }
+
+
+def _gradients(flow: Flow) -> list[Tensor]:
+    return [p.grad for p in flow.parameters() if p.grad is not None]

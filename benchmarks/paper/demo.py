@@ -1,0 +1,95 @@
+"""The main job: alanine dipeptide by two RealNVPs on the same data, with fixed and with learned swaps."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness.comparison import comparison
+from benchmarks.harness.environment import save
+from benchmarks.harness.parts import fingerprint
+from benchmarks.harness.threads import one_thread
+from benchmarks.paper.boltzmann import PERTURBATION, TEMPERATURE, describe, load_data, measure
+from benchmarks.paper.boltzmann_figure import draw
+from benchmarks.paper.boltzmann_training import Stage, train
+from benchmarks.paper.realnvp import real_nvp
+from p4flows.nflows import replace_permutations
+
+__all__ = ["COMMITTED", "FILES", "KEPT", "add_arguments", "run", "table"]
+
+FILES = ("demo.json", "demo.png", "demo.pt")
+KEPT = "--checkpoints"
+COMMITTED = False
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--frames", type=int, default=60_000, help="MD frames, 0.1 ps apart")
+    parser.add_argument("--couplings", type=int, default=8, help="coupling layers")
+    parser.add_argument("--steps", type=int, default=4_000, help="training steps of each flow")
+    parser.add_argument("--rank", type=int, default=1, help="rank of the perturbations")
+    parser.add_argument("--samples", type=int, default=10_000, help="samples drawn")
+    parser.add_argument("--seed", type=int, default=0, help="of data, networks and training")
+
+
+@one_thread()
+def run(args: Namespace) -> dict[str, Any]:
+    settings = {name: getattr(args, name) for name in ("frames", "couplings", "steps", "rank", "samples", "seed")}
+    data = load_data(args.frames, seed=args.seed)
+    training_data, md = data.samples(data.frames), data.samples(data.test_frames)
+    noise = torch.randn(data.test_frames.shape, generator=torch.Generator().manual_seed(args.seed))
+    perturbed = data.samples(data.test_frames + PERTURBATION * noise)
+    rows = {
+        # How far the training data are from the held-out part says what is noise.
+        "MD": describe(training_data, md, data),
+        "MD + 0.004 nm": describe(perturbed, md, data),
+    }
+    samples = {"MD": training_data, "MD + 0.004 nm": perturbed}
+    flows, checkpoints = {}, []
+    for name in ("RealNVP", "RealNVP + P4Inv"):
+        torch.manual_seed(args.seed)
+        flows[name] = flow = real_nvp(data.coordinates.n_coordinates, args.couplings)
+        if name != "RealNVP":
+            replace_permutations(flow, rank=args.rank, seed=args.seed)
+        # A run with other settings must not go on from here.
+        checkpoints.append(args.kept / f"{name} {fingerprint(settings)}.pt")
+        stage = Stage(args.steps, schedule="cosine", seed=args.seed)
+        training = train(flow, data, stage, name, checkpoints[-1])
+        rows[name], samples[name] = measure(flow, data, md, args.samples, args.seed)
+        rows[name] |= training
+    results = {"settings": {**settings, "temperature": TEMPERATURE}, "rows": rows}
+    path = save("demo", results, args.out)
+    picture = draw(samples, rows, args.out / "demo.png")
+    torch.save({"coordinates": data.coordinates, **flows}, args.out / "demo.pt")
+    for checkpoint in checkpoints:  # what is finished starts anew the next time
+        checkpoint.unlink()
+    print(f"\n{table(results)}\n\n{path}\n{picture}\n{args.out / 'demo.pt'}: the trained flows; new structures are\n")
+    print(_lines(args.out / "demo.pt"))
+    return results
+
+
+def _lines(path: Path) -> str:
+    """Three lines of Python that load the learned flow and sample structures, in nm."""
+    return f"""\
+    import torch
+    saved = torch.load({str(path)!r}, weights_only=False)
+    x, _ = saved["coordinates"].inverse(saved["RealNVP + P4Inv"].sample(1_000))"""
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as a Markdown table, aligned for the terminal too."""
+    return comparison(
+        results["rows"],
+        [
+            ("trainable parameters", "parameters", "{:,}"),
+            ("ms per training step", "ms_per_step", "{:.1f}"),
+            ("held-out NLL (nats)", "nll", "{:.2f}"),
+            ("mean u(x) (kT)", "energy_mean", "{:.3g}"),
+            ("median u(x) (kT)", "energy_median", "{:.2f}"),
+            ("low-energy fraction", "low_energy_fraction", "{:.3f}"),
+            ("Ramachandran JS to MD", "ramachandran_js", "{:.4f}"),
+            ("largest \\|x − F(F⁻¹(x))\\|", "round_trip", "{:.1e}"),
+        ],
+    )

@@ -1,0 +1,24 @@
+"""benchmarks/numerics, on small settings."""
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from running import call
+
+
+@pytest.mark.filterwarnings("ignore:.*bgflow.*", "ignore:.*Tight layout.*")
+def test_drift(monkeypatch, tmp_path):
+    results = call(monkeypatch, tmp_path, "drift --widths 3 20 --merges 60 --points 5")
+    ours = [row for row in results["rows"] if row["method"] == "P4Inv"]
+    assert {(row["n"], row["dtype"], row["perturbations"]) for row in ours} == {
+        (n, dtype, kind) for n in (3, 20) for dtype in ("float32", "float64") for kind in ("random", "adversarial")
+    }
+    for row in ours:
+        assert row["errors"][-1]["merges"] == 60
+        for errors in row["errors"]:
+            assert errors["residual"] < max(1e-5, 4 * errors["residual_of_rounded_inverse"])
+            assert errors["logabsdet_error"] < 1e-4
+        assert 0 < row["error_control_s"] < row["merge_s"]
+    # The adversarial merges are as bad as they are meant to be.
+    assert max(e["condition"] for row in ours if row["perturbations"] == "adversarial" for e in row["errors"]) > 1e3
