@@ -11,13 +11,16 @@ from p4flows.molecules.coordinates import MixedCoordinates
 from p4flows.molecules.energy import OpenMMEnergy, regularize_energy
 from p4flows.molecules.geometry import dihedral
 from p4flows.molecules.sampling import simulate
+from p4flows.molecules.weights import ImportanceWeights, importance_weights
 
 __all__ = [
+    "ImportanceWeights",
     "MixedCoordinates",
     "Molecule",
     "OpenMMEnergy",
     "alanine_dipeptide",
     "dihedral",
+    "importance_weights",
     "regularize_energy",
     "simulate",
 ]
