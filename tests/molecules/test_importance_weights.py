@@ -95,7 +95,7 @@ def _energy(x):
     x = torch.from_numpy(x)
     u = sum(k / 2 * (distance(x[:, i], x[:, j]) - r0) ** 2 for i, j, r0, k in BONDS)
     u += sum(k / 2 * (angle(x[:, i], x[:, j], x[:, m]) - t0) ** 2 for i, j, m, t0, k in ANGLES)
-    *atoms, period, phase, k = TORSION
+    *_, period, phase, k = TORSION
     u += k * (1 + torch.cos(period * torsion(x) - phase))
     return (u / KT).numpy()
 
@@ -211,7 +211,7 @@ def test_samples_out_of_range_may_be_anything_and_have_no_gradient():
     [
         ({"log_q": torch.zeros(3, 1)}, r"log_q: expected floating-point \(B,\), got torch.float32 \(3, 1\)"),
         ({"energy": torch.zeros(2)}, r"energy: expected \(3,\), as log_q, got \(2,\)"),
-        ({"logabsdet": np.zeros(3)}, "logabsdet: expected floating-point .*, got ndarray"),
+        ({"logabsdet": np.zeros(3)}, "logabsdet: expected floating-point .*, got float64"),
         ({"in_range": torch.ones(3)}, r"in_range: expected bool \(3,\)"),
         ({"log_q": torch.full((3,), -math.inf)}, "log_q: expected finite values of samples in range, got -inf"),
         ({"energy": torch.full((3,), math.nan)}, "energy: expected finite"),
