@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -34,8 +36,14 @@ def steps(name: str, value: Any, step: unit.Quantity) -> Any:
     """
     if not unit.is_quantity(value):
         return value
-    count = in_unit(name, value, unit.femtosecond) / step.value_in_unit(unit.femtosecond)
-    if not isinstance(count, float) or abs(count - round(count)) > 1e-6 * max(1.0, abs(count)):
+    count = in_unit(name, value, unit.femtosecond)
+    if isinstance(count, Real):
+        count = count / step.value_in_unit(unit.femtosecond)
+    if (
+        not isinstance(count, Real)
+        or not math.isfinite(count)
+        or abs(count - round(count)) > 1e-6 * max(1.0, abs(count))
+    ):
         raise ValueError(f"{name}: expected a whole number of time steps of {step}, got {value}")
     return round(count)
 
@@ -65,7 +73,8 @@ def positions_tensor(name: str, value: Any) -> Any:
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":
         kind = value.dtype.type if value.dtype.itemsize <= 8 else np.float64
         return torch.from_numpy(np.array(value, dtype=kind, order="C"))
-    if unit.is_quantity(value) or (isinstance(value, list) and value):
+    objects = isinstance(value, np.ndarray) and value.dtype == object
+    if unit.is_quantity(value) or objects or (isinstance(value, list | tuple) and len(value)):
         return torch.from_numpy(positions_array(name, value))
     return value
 
