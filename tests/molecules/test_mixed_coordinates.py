@@ -126,6 +126,10 @@ def test_dihedrals_are_cut_where_the_data_are_not():
         ({"data": torch.zeros(100, 66, dtype=torch.int64)}, "data: expected floating-point"),
         ({"data": torch.randn(10, 66)}, "data: expected at least 66 frames"),
         ({"data": torch.randn(66).expand(100, 66)}, "expected every coordinate to vary"),
+        ({"data": torch.randn(100, 66).bfloat16()}, "data: expected float32 or float64, got torch.bfloat16"),
+        ({"data": torch.full((100, 66), math.nan)}, "data: expected finite positions, got 6600 that are not"),
+        ({"rigid_block": np.array([6, 8, 9, 10, 99])}, "without a row: 14; unknown: 99"),
+        ({"rigid_block": np.array([6, 8, 9, 10, 15])}, "without a row: 14; twice: 15"),
     ],
 )
 def test_wrong_coordinates(molecule, frames, arguments, message):
@@ -146,3 +150,32 @@ def test_wrong_z(molecule, frames):
     for z in (torch.zeros(3, 66), torch.zeros(3, 60, dtype=torch.int64), None):
         with pytest.raises(ValueError, match=r"z: expected floating-point \(..., 60\)"):
             coordinates.inverse(z)
+
+
+@pytest.mark.parametrize("row", [0, 3, 16])
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_z_matrix_that_lacks_a_row_is_told_which(molecule, frames, row, flat):
+    z_matrix = np.delete(molecule.z_matrix, row, 0)
+    atom = molecule.z_matrix[row, 0]
+    message = f"expected each atom 0 ... 21 once of data, which have 22 atoms, got without a row: {atom}$"
+    with pytest.raises(ValueError, match=f"z_matrix and rigid_block: {message}"):
+        MixedCoordinates(z_matrix, molecule.rigid_block, frames.flatten(1) if flat else frames)
+
+
+def test_another_type_is_refused_in_words(molecule, frames):
+    coordinates = MixedCoordinates(molecule.z_matrix, molecule.rigid_block, frames)
+    z, _ = coordinates(frames[:2])
+    with pytest.raises(ValueError, match=r"positions: expected torch.float32 on cpu.*, got torch.float64 on cpu"):
+        coordinates(frames[:2].double())
+    for call in (coordinates.inverse, coordinates.in_range):
+        with pytest.raises(ValueError, match=r"z: expected torch.float32 on cpu.*, got torch.float64 on cpu"):
+            call(z.double())
+    with pytest.raises(ValueError, match="on meta"):
+        coordinates.inverse(z.to("meta"))
+    coordinates.double()
+    torch.testing.assert_close(coordinates(frames[:2].double())[0].float(), z, rtol=1e-3, atol=1e-3)
+
+
+def test_data_may_require_gradients(molecule, frames):
+    coordinates = MixedCoordinates(molecule.z_matrix, molecule.rigid_block, frames.clone().requires_grad_())
+    assert not any(buffer.requires_grad for buffer in coordinates.buffers())
