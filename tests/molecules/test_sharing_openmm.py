@@ -70,15 +70,18 @@ FORK = """
         if not idle:
             sys.exit(0)  # as a program ends: destructors, and the hooks of multiprocessing
         assert wait_for(idle) == 0
-        other = threading.Thread(target=energy, args=(x.repeat(20, 1, 1),))  # has the lock when the process forks
+        many, found = x.repeat(20, 1, 1), []
+        other = threading.Thread(target=lambda: found.append(energy(many)))  # has the lock when the process forks
         other.start()
         time.sleep(0.1)
         busy = os.fork()
-        torch.testing.assert_close(energy(x), expected, rtol=1e-5, atol=1e-2)
+        order = slice(None) if busy else torch.arange(400).flip(0)  # both at once, each its own batch
+        torch.testing.assert_close(energy(x[order]), expected[order], rtol=1e-5, atol=1e-2)
         if not busy:
             energy.close()
             sys.exit(0)
         other.join()
+        torch.testing.assert_close(found, [expected.repeat(20)], rtol=1e-5, atol=1e-2)
         assert wait_for(busy) == 0
         torch.testing.assert_close(energy(x), expected, rtol=1e-5, atol=1e-2)
         energy.close()
