@@ -16,7 +16,8 @@ from benchmarks.harness.bgflow_checkout import find_bgflow
 from benchmarks.harness.environment import save
 from benchmarks.harness.threads import one_thread
 from benchmarks.numerics.drift_figure import draw
-from p4flows import MergeScheduler, P4Inv, algebra
+from p4flows import MergeScheduler, P4Inv
+from p4flows.tracking import algebra
 
 __all__ = ["FILES", "add_arguments", "run", "table"]
 
@@ -70,7 +71,7 @@ class _TimedP4Inv(P4Inv):
 
 class _Ours:
     def __init__(self, n: int, dtype: torch.dtype, adversarial: bool) -> None:
-        self.layer = _TimedP4Inv(n, bias=False, dtype=dtype)
+        self.layer = _TimedP4Inv(n, rank=1, bias=False, dtype=dtype)
         _TimedP4Inv.seconds = 0.0
         self.optimizer = torch.optim.SGD(self.layer.parameters(), lr=0.0)
         self.scheduler = MergeScheduler(self.layer, self.optimizer, every=1, force_every=1 if adversarial else 10)

@@ -11,7 +11,15 @@ from nflows.flows import Flow
 from torch import Tensor
 
 from p4flows import P4Inv
-from p4flows.molecules import MixedCoordinates, Molecule, OpenMMEnergy, alanine_dipeptide, dihedral, simulate
+from p4flows.molecules import (
+    MixedCoordinates,
+    Molecule,
+    OpenMMEnergy,
+    alanine_dipeptide,
+    dihedral,
+    importance_weights,
+    simulate,
+)
 
 __all__ = ["Data", "Samples", "jensen_shannon", "load_data", "measure"]
 
@@ -72,15 +80,19 @@ def measure(flow: Flow, data: Data, reference: Samples, samples: int = 10_000, s
     """What the flow's samples are worth, in the terms of Figure 7 and more, and the samples."""
     flow.eval()
     noise = torch.randn(samples, data.z.shape[1], generator=torch.Generator().manual_seed(seed))
-    z, drawn, log_q = [], [], []
+    z, drawn, log_q, volumes = [], [], [], []
     for part in noise.split(10_000):
         part_z, logabsdet = flow._transform.inverse(part)
         x, volume = data.coordinates.inverse(part_z)
         z.append(part_z)
         drawn.append(data.samples(x))
-        log_q.append(flow._distribution.log_prob(part).double() - logabsdet.double() - volume.double())
+        log_q.append(flow._distribution.log_prob(part).double() - logabsdet.double())
+        volumes.append(volume)
     drawn = Samples(*(torch.cat([getattr(s, name) for s in drawn]) for name in ("energy", "phi", "psi")))
-    z, log_q = torch.cat(z), torch.cat(log_q)
+    z = torch.cat(z)
+    weights = importance_weights(torch.cat(log_q), drawn.energy, torch.cat(volumes), data.coordinates.in_range(z))
+    log_weights = weights.log_weights[weights.in_range]
+    usable = log_weights.isfinite()
     nll = [
         -(flow.log_prob(z) + volume).double()
         for z, volume in zip(data.test_z.split(10_000), data.test_logabsdet.split(10_000), strict=True)
@@ -90,15 +102,16 @@ def measure(flow: Flow, data: Data, reference: Samples, samples: int = 10_000, s
     layers = [module for module in flow.modules() if isinstance(module, P4Inv)]
     error = [(torch.linalg.slogdet(layer.A.double())[1] - layer.logabsdet_A).abs().item() for layer in layers]
     marginals = [divergence(*histograms(a, b)) for a, b in zip(z.T, data.test_z.T, strict=True)]
-    log_weights = -drawn.energy - log_q
-    usable = log_weights.isfinite()
     return {
         "parameters": sum(p.numel() for p in flow.parameters() if p.requires_grad),
         "nll": torch.cat(nll).mean().item(),
         **describe(drawn, reference, data),
+        # Of the samples in range; energies that are infinite are left out of the divergence, and weigh nothing.
         "reverse_kl": -log_weights[usable].mean().item(),
-        "unusable_fraction": (~usable).double().mean().item(),
-        "ess": kish(log_weights[usable]) * usable.double().mean().item(),
+        "rejected_fraction": weights.share_rejected,
+        "unusable_fraction": (~usable).sum().item() / samples,
+        "ess": weights.effective_sample_size / samples,
+        "largest_weight": weights.largest_share,
         "marginal_js_mean": float(np.mean(marginals)),
         "marginal_js_max": float(np.max(marginals)),
         "round_trip": round_trip.abs().max().item(),

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from benchmarks.harness.checkpoint import Checkpoint
 from benchmarks.paper.boltzmann import Data
 from p4flows import MergeScheduler, P4Inv
-from p4flows.molecules import regularize_energy
+from p4flows.molecules import importance_weights, regularize_energy
 
 __all__ = ["Stage", "train"]
 
@@ -39,7 +39,11 @@ class Stage:
 
 
 class _Loss:
-    """-log q(z) averaged over data; for an energy weight w, plus w times the mean of u(x) + log q(x) over samples."""
+    """-log q(z) averaged over data; for an energy weight w, plus w times the mean of u(x) + log q(x) over samples.
+
+    Samples out of the range of the coordinates are left out of the latter. Their density is not the flow's at z, and
+    it would pay to have many of them: there q(z) is small whatever the structure.
+    """
 
     def __init__(self, flow: Flow, data: Data, stage: Stage, compiled: bool) -> None:
         self.flow, self.data, self.stage = flow, data, stage
@@ -58,7 +62,9 @@ class _Loss:
         z, logabsdet = self.to_data(noise)
         x, volume = self.data.coordinates.inverse(z)
         energy = regularize_energy(self.data.energy(x), _E_HIGH, _E_MAX)
-        divergence = (energy - logabsdet - volume + self.flow._distribution.log_prob(noise)).mean()
+        log_q = self.flow._distribution.log_prob(noise) - logabsdet
+        weights = importance_weights(log_q, energy, volume, self.data.coordinates.in_range(z))
+        divergence = -weights.log_weights[weights.in_range].mean().to(likelihood)
         return likelihood + self.stage.energy_weight * divergence
 
 

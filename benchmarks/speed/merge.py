@@ -9,13 +9,13 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 import torch
-from p4flows.algebra import low_rank_update_
 from torch import nn
 from tqdm import tqdm
 
 from benchmarks.harness.bgflow_checkout import find_bgflow
 from benchmarks.harness.environment import save
 from p4flows import MergeScheduler, P4Inv, P4InvStack
+from p4flows.tracking.algebra import low_rank_update_
 
 __all__ = ["FILES", "add_arguments", "run", "table"]
 
@@ -33,9 +33,9 @@ def run(args: Namespace) -> dict[str, Any]:
     bgflow = find_bgflow()
     rows = []
     for layers, n in tqdm(list(zip(args.layers, args.widths, strict=True)), desc="model"):
-        jobs = {"p4flows": _ours(nn.ModuleList([P4Inv(n, seed=i) for i in range(layers)]))}
+        jobs = {"p4flows": _ours(nn.ModuleList([P4Inv(n, rank=1, seed=i) for i in range(layers)]))}
         if layers > 1:
-            jobs["stack"] = _ours(nn.ModuleList([P4InvStack(n, layers)]))
+            jobs["stack"] = _ours(nn.ModuleList([P4InvStack(n, layers, rank=1)]))
         if bgflow:
             jobs["bgflow"] = _bgflow(layers, n)
         jobs["updates"] = _updates(layers, n)

@@ -8,16 +8,20 @@ except ImportError as error:
 
 from p4flows.molecules.alanine import Molecule, alanine_dipeptide
 from p4flows.molecules.coordinates import MixedCoordinates
-from p4flows.molecules.energy import OpenMMEnergy, regularize_energy
+from p4flows.molecules.energy import OpenMMEnergy
 from p4flows.molecules.geometry import dihedral
+from p4flows.molecules.regularization import regularize_energy
 from p4flows.molecules.sampling import simulate
+from p4flows.molecules.weights import ImportanceWeights, importance_weights
 
 __all__ = [
+    "ImportanceWeights",
     "MixedCoordinates",
     "Molecule",
     "OpenMMEnergy",
     "alanine_dipeptide",
     "dihedral",
+    "importance_weights",
     "regularize_energy",
     "simulate",
 ]

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from p4flows.molecules import geometry
+from p4flows.molecules.spread import check_spread, fit_block
+from p4flows.molecules.spread import widest_gap as _widest_gap
+from p4flows.molecules.spread import wrap as _wrap
+from p4flows.molecules.units import positions_tensor
+from p4flows.molecules.z_matrix import check_atoms, integers, levels
 
 __all__ = ["MixedCoordinates"]
 
@@ -27,50 +32,57 @@ class MixedCoordinates(nn.Module):
     :math:`\ln r^2 \sin\theta`, and for the rigid block the volume that its points sweep under rotations. So
     ``exp(-u(x) + logabsdet)`` is, up to normalisation, the exact Boltzmann density in z.
 
+    Every structure has exactly one z, the one that ``forward`` returns, but ``inverse`` takes any z. The two are
+    inverse to each other only over the range of the coordinates: bond lengths above zero, angles in (0, π), dihedrals
+    in [cut, cut + 2π), and a block whose best superposition on the reference is the one that it is in. A flow puts
+    some of its samples beyond, where ``inverse`` still returns a valid structure and the log-determinant at the given
+    z, but the structure's own z is another one, and so is its density. :meth:`in_range` says which samples these are,
+    and :func:`p4flows.molecules.importance_weights` leaves them out.
+
     Args:
         z_matrix: (n_atoms - m, 4) integers, rows (atom, bond, angle, dihedral) in any order.
         rigid_block: (m,) integers, m >= 3 atoms.
-        data: positions (B, n_atoms, 3) or (B, 3 n_atoms) in nm to take reference, scales and cuts from.
+        data: positions (B, n_atoms, 3) or (B, 3 n_atoms) in nm, float32 or float64, to take reference, scales and
+            cuts from: a tensor, an array such as :func:`simulate` returns, or OpenMM's own positions with units. The
+            coordinates get its type and device; ``.to(...)`` and ``.double()`` change them.
 
     Shapes: ``forward(x)`` takes (..., n_atoms, 3) or (..., 3 n_atoms) and returns z (..., 3 n_atoms - 6), log|dz/dx|
     (...); ``inverse(z)`` returns x (..., 3 n_atoms), centred and oriented on the block, and log|dx/dz| (...). z is
     ordered: block, bonds, angles, dihedrals, the latter three by the rows of ``z_matrix``.
 
     Raises:
-        ValueError: if z-matrix and block do not name every atom once, the z-matrix is circular, or data and
-            atoms do not fit.
+        ValueError: if z-matrix and block do not name every atom once, the z-matrix is circular, data and atoms do
+            not fit, or a coordinate does not vary over the data, as a constrained bond does not. Later on, for
+            positions and z of another shape or type.
     """
 
     def __init__(self, z_matrix: np.ndarray | Tensor, rigid_block: np.ndarray | Tensor, data: Tensor) -> None:
         super().__init__()
-        z_matrix, rigid_block = _integers("z_matrix", z_matrix), _integers("rigid_block", rigid_block)
-        if z_matrix.ndim != 2 or z_matrix.shape[1] != 4:
-            raise ValueError(f"z_matrix: expected shape (rows, 4), got {tuple(z_matrix.shape)}")
-        if rigid_block.ndim != 1 or len(rigid_block) < 3:
-            raise ValueError(f"rigid_block: expected at least 3 atoms, got {rigid_block.tolist()}")
-        named = torch.cat([rigid_block, z_matrix[:, 0]])
-        self.n_atoms = len(named)
-        if not torch.equal(named.sort().values, torch.arange(self.n_atoms)):
-            raise ValueError(f"z_matrix and rigid_block: expected each atom 0 ... {self.n_atoms - 1} once")
-        self._levels = _levels(z_matrix, rigid_block)
+        z_matrix, rigid_block = integers("z_matrix", z_matrix), integers("rigid_block", rigid_block)
+        data = positions_tensor("data", data)
+        self.n_atoms = check_atoms(z_matrix, rigid_block, _count_atoms(data))
+        self._levels = levels(z_matrix, rigid_block)
         self.register_buffer("z_matrix", z_matrix)
         self.register_buffer("rigid_block", rigid_block)
 
-        x = self._points(data, "data").reshape(-1, self.n_atoms, 3).double()
+        x = self._points(data, "data").reshape(-1, self.n_atoms, 3).detach().cpu().double()
+        if data.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"data: expected float32 or float64, got {data.dtype}")
         if len(x) < 3 * self.n_atoms:
             raise ValueError(f"data: expected at least {3 * self.n_atoms} frames to take scales from, got {len(x)}")
-        reference, basis, complement = _fit_block(x[:, rigid_block])
+        if not x.isfinite().all():
+            raise ValueError(f"data: expected finite positions, got {int((~x.isfinite()).sum())} that are not")
+        reference, basis, complement = fit_block(x[:, rigid_block])
         self.register_buffer("reference", reference)
         self.register_buffer("basis", basis)
         self.register_buffer("complement", complement)
         bonds, angles, dihedrals = self._internal(x)
         cut = _widest_gap(dihedrals)
         raw = torch.cat([bonds, angles, _wrap(dihedrals, cut)], -1)
+        check_spread(x, z_matrix, rigid_block, raw, basis)
         for name, value in (("cut", cut), ("mean", raw.mean(0)), ("std", raw.std(0))):
             self.register_buffer(name, value)
-        if not (raw.std(0).min() > 0 and torch.linalg.svdvals(basis).min() > 0):
-            raise ValueError("data: expected every coordinate to vary over the frames")
-        self.to(data.dtype)
+        self.to(data.device, data.dtype)
 
     @property
     def n_coordinates(self) -> int:
@@ -79,7 +91,7 @@ class MixedCoordinates(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Positions to coordinates z, and log|dz/dx|."""
-        x = self._points(x)
+        x = self._check_type(self._points(positions_tensor("positions", x)), "positions")
         block, _ = geometry.superpose(x[..., self.rigid_block, :], self.reference)
         q = (block - self.reference).flatten(-2) @ torch.linalg.pinv(self.basis).mT
         bonds, angles, dihedrals = self._internal(x)
@@ -87,12 +99,8 @@ class MixedCoordinates(nn.Module):
         return torch.cat([q, z], -1), -self._logabsdet(block, bonds, angles)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Coordinates z to positions, and log|dx/dz|."""
-        if not isinstance(z, Tensor) or not z.is_floating_point() or z.shape[-1:] != (self.n_coordinates,):
-            raise ValueError(f"z: expected floating-point (..., {self.n_coordinates}), got {_describe(z)}")
-        q, z = z.split([self.basis.shape[1], len(self.mean)], -1)
-        block = self.reference + (q @ self.basis.mT).unflatten(-1, (-1, 3))
-        bonds, angles, dihedrals = (z * self.std + self.mean).chunk(3, -1)
+        """Coordinates z to positions, and log|dx/dz|, whether or not z is :meth:`in_range`."""
+        block, bonds, angles, dihedrals = self._split(z)
         x = block.new_zeros(*block.shape[:-2], self.n_atoms, 3)
         x = x.index_copy(-2, self.rigid_block, block)
         for rows in self._levels:
@@ -102,6 +110,25 @@ class MixedCoordinates(nn.Module):
             )
             x = x.index_copy(-2, atoms, points)
         return x.flatten(-2), self._logabsdet(block, bonds, angles)
+
+    def in_range(self, z: Tensor) -> Tensor:
+        """Whether z (..., 3 n_atoms - 6) is what ``forward(inverse(z)[0])`` returns, up to rounding; bool (...).
+
+        Where it is false (also for z that are NaN or infinite), the density of the structure ``inverse(z)[0]`` is not
+        the one that a flow has at this z.
+        """
+        block, bonds, angles, dihedrals = self._split(z)
+        inside = (bonds > 0) & (angles > 0) & (angles < math.pi)
+        inside &= (dihedrals >= self.cut) & (dihedrals < self.cut + 2 * math.pi)
+        return inside.all(-1) & geometry.is_superposed(block, self.reference)
+
+    def _split(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The points of the block, bonds, angles and dihedrals in nm and radians."""
+        if not isinstance(z, Tensor) or not z.is_floating_point() or z.shape[-1:] != (self.n_coordinates,):
+            raise ValueError(f"z: expected floating-point (..., {self.n_coordinates}), got {_describe(z)}")
+        q, z = self._check_type(z, "z").split([self.basis.shape[1], len(self.mean)], -1)
+        block = self.reference + (q @ self.basis.mT).unflatten(-1, (-1, 3))
+        return block, *(z * self.std + self.mean).chunk(3, -1)
 
     def _internal(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a, b, c, d = (x[..., atoms, :] for atoms in self.z_matrix.T)
@@ -128,70 +155,24 @@ class MixedCoordinates(nn.Module):
                 return x.unflatten(-1, (n, 3))
         raise ValueError(f"{name}: expected floating-point (..., {n}, 3) or (..., {3 * n}), got {_describe(x)}")
 
-
-def _fit_block(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean structure (m, 3); whitened vibrations (3m, 3m - 6); orthonormal directions of rotation (3m, 3)."""
-    reference = block[0] - block[0].mean(0)
-    for _ in range(10):
-        reference = geometry.superpose(block, reference)[0].mean(0)
-    m = len(reference)
-    axes = torch.eye(3, dtype=block.dtype)
-    rotations = torch.linalg.cross(axes[:, None].expand(3, m, 3), reference.expand(3, m, 3)).flatten(1).T
-    translations = axes.repeat(m, 1)
-    # Superposed points satisfy the Eckart conditions Σ r = 0 and Σ ref × r = 0, so that they vary in the
-    # 3m - 6 directions orthogonal to translations and rotations of the reference, and in no other.
-    Q, _ = torch.linalg.qr(torch.cat([translations, rotations], 1), mode="complete")
-    complement, vibrations = Q[:, 3:6], Q[:, 6:]
-    amplitudes = (geometry.superpose(block, reference)[0] - reference).flatten(1) @ vibrations
-    _, spread, directions = torch.linalg.svd(amplitudes, full_matrices=False)
-    return reference, vibrations @ directions.mT * (spread / math.sqrt(len(block) - 1)), complement
-
-
-def _levels(z_matrix: Tensor, rigid_block: Tensor) -> list[list[int]]:
-    """Rows of the z-matrix in groups that can be placed at once."""
-    rows = z_matrix.tolist()
-    placed, left, levels = set(rigid_block.tolist()), set(range(len(rows))), []
-    while left:
-        level = sorted(i for i in left if placed.issuperset(rows[i][1:]))
-        if not level or any(len(set(rows[i])) < 4 for i in level):
+    def _check_type(self, x: Tensor, name: str) -> Tensor:
+        ours = self.mean
+        if x.dtype != ours.dtype or x.device != ours.device:
             raise ValueError(
-                f"z_matrix: rows {[rows[i] for i in sorted(left)]} cannot be placed from the atoms before them"
+                f"{name}: expected {ours.dtype} on {ours.device}, the type of these coordinates, got {x.dtype} on "
+                f"{x.device}; convert either of them by .to(...)"
             )
-        levels.append(level)
-        left -= set(level)
-        placed |= {rows[i][0] for i in level}
-    return levels
+        return x
 
 
-def _widest_gap(dihedrals: Tensor) -> Tensor:
-    """For each column, the middle of the widest stretch of the circle with the fewest data."""
-    bins = 60
-    cuts = []
-    for column in dihedrals.T:
-        counts = torch.histc(column, bins, -math.pi, math.pi)
-        # A window of a tenth of the circle, so that one empty bin within a mode does not win.
-        window = counts.repeat(3).unfold(0, 7, 1).sum(-1)[bins - 3 : 2 * bins - 3]
-        best = (window == window.min()).nonzero().flatten()
-        runs = torch.tensor_split(best, (best.diff() > 1).nonzero().flatten() + 1)
-        longest = max(runs, key=len)
-        cuts.append(-math.pi + (longest.double().mean() + 0.5) * 2 * math.pi / bins)
-    return torch.stack(cuts)
-
-
-def _wrap(phi: Tensor, cut: Tensor) -> Tensor:
-    """phi + 2π k in [cut, cut + 2π)."""
-    return cut + torch.remainder(phi - cut, 2 * math.pi)
-
-
-def _integers(name: str, value: np.ndarray | Tensor) -> Tensor:
-    try:
-        array = np.asarray(value)
-        if array.dtype.kind not in "iu":
-            raise TypeError
-        return torch.from_numpy(array.astype(np.int64))
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name}: expected integers, got {value!r}") from None
+def _count_atoms(data: object) -> int | None:
+    """The number of atoms that the shape of data says, or None."""
+    if not isinstance(data, Tensor) or data.ndim < 2:
+        return None
+    if data.ndim > 2 and data.shape[-1] == 3:
+        return data.shape[-2]
+    return data.shape[-1] // 3 if data.shape[-1] % 3 == 0 else None
 
 
 def _describe(x: object) -> str:
-    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor | np.ndarray) else type(x).__name__

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
 import openmm
 import torch
+from openmm import unit
 from torch import Tensor
 
 from p4flows.checks import choice, integer, number
-from p4flows.molecules.evaluation import Evaluator, WorkerPool
+from p4flows.molecules.evaluation import WorkerPool
+from p4flows.molecules.evaluator import Evaluator
+from p4flows.molecules.ownership import Deadline, Owner
+from p4flows.molecules.regularization import ordered, regularize_energy
+from p4flows.molecules.units import in_unit, positions_tensor
 
-__all__ = ["OpenMMEnergy", "regularize_energy"]
+__all__ = ["OpenMMEnergy"]
 
 _GAS_CONSTANT = 8.31446261815324e-3  # kJ/mol/K
 
@@ -22,16 +28,19 @@ class OpenMMEnergy:
     r"""Reduced energy ``u(x) = U(x) / kT`` of an OpenMM system, with gradient ``-F(x) / kT``.
 
     Args:
-        system: an ``openmm.System``.
-        temperature: T in kelvin.
+        system: an ``openmm.System``. Its virtual sites are placed by their parent atoms, whatever positions are
+            given for them, and get the gradient zero; constraints do not enter into the energy.
+        temperature: T in kelvin, or with a unit of OpenMM: ``300 * kelvin``.
         platform: OpenMM platform. "Reference" is the fastest for some tens of atoms.
         workers: number of spawned processes that share each batch; 0 evaluates in this process. A script that uses
             workers needs the usual ``if __name__ == "__main__":``.
-        timeout: seconds a batch may take in the workers; None for no limit.
+        timeout: seconds that a call may wait, all its waits together: for other threads that use this energy, for
+            workers to start, and for their answers. None for no limit.
         e_high, e_max: optional regularisation of high energies in kT, see :func:`regularize_energy`. Both or neither.
 
     Call it with positions in nm, (..., n_atoms, 3) or (..., 3 n_atoms); the energies in kT are (...), in the dtype and
-    on the device of the positions. Not twice differentiable.
+    on the device of the positions. NumPy arrays and OpenMM's own positions, with units or as lists of ``Vec3``, are
+    converted to tensors. Not twice differentiable.
 
     Positions or energies that are NaN or infinite give an energy of +inf (the cap, if regularised) and zero gradient;
     :attr:`invalid` counts them. Any other trouble is raised: an energy is never made up.
@@ -39,9 +48,12 @@ class OpenMMEnergy:
     Use it as a context manager, or call :meth:`close`, to end the workers; after an error in one, the next call
     starts new ones.
 
+    Threads may share it: each call has the context, or the workers, for itself, and the others wait. For more than
+    one core, use workers. A forked process may go on using it, and makes a context or workers of its own.
+
     Raises:
         ValueError: for wrong arguments, and positions of another atom count.
-        RuntimeError: for an error in a worker, the death of one, or a time-out.
+        RuntimeError: for an error in a worker, the death of one, or a wait longer than ``timeout``.
     """
 
     def __init__(
@@ -60,17 +72,25 @@ class OpenMMEnergy:
         if (e_high is None) != (e_max is None):
             raise ValueError(f"e_high and e_max: expected both or neither, got {e_high!r} and {e_max!r}")
         if e_high is not None:
-            e_high, e_max = _cut(e_high, e_max)
+            e_high, e_max = ordered(e_high, e_max)
         self.n_atoms = system.getNumParticles()
-        self.temperature = number("temperature", temperature, 0, strict=True)
+        self.temperature = number("temperature", in_unit("temperature", temperature, unit.kelvin), 0, strict=True)
         self.platform = choice("platform", platform, names)
         self.workers = integer("workers", workers, 0)
+        timeout = in_unit("timeout", timeout, unit.second)
         self.timeout = None if timeout is None else number("timeout", timeout, 0, strict=True)
         self.e_high, self.e_max = e_high, e_max
         self.invalid = 0
         self._system_xml = openmm.XmlSerializer.serialize(system)
-        self._evaluator: Evaluator | None = None
-        self._pool: WorkerPool | None = None
+        self._own()
+
+    def _own(self) -> None:
+        # Not a bound method: in a cycle, workers would outlive the energy until the next collection.
+        self._owner = Owner(partial(_make, self.workers, self._system_xml, self.platform, self.n_atoms))
+
+    @property
+    def _pool(self) -> WorkerPool | None:
+        return self._owner.resource if self.workers else None
 
     @property
     def kT(self) -> float:
@@ -80,8 +100,9 @@ class OpenMMEnergy:
     def __call__(self, positions: Tensor) -> Tensor:
         """u(x), (...), for positions (..., n_atoms, 3) or (..., 3 n_atoms) in nm."""
         n = self.n_atoms
+        positions = positions_tensor("positions", positions)
         if not isinstance(positions, Tensor) or not positions.is_floating_point():
-            kind = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
+            kind = getattr(positions, "dtype", type(positions).__name__)
             raise ValueError(f"positions: expected a floating-point tensor, got {kind}")
         if positions.shape[-2:] == (n, 3):
             batch = positions.shape[:-2]
@@ -111,26 +132,22 @@ class OpenMMEnergy:
             valid &= np.isfinite(gradient).all((1, 2))
             gradient[~valid] = 0
         energies[~valid] = np.inf
-        self.invalid += int((~valid).sum())
+        if not valid.all():
+            with self._owner.exclusive(Deadline(self.timeout)):
+                self.invalid += int((~valid).sum())
         return energies, gradient
 
     def _compute(self, positions: np.ndarray, energies: np.ndarray, forces: np.ndarray | None) -> None:
-        if self.workers == 0:
-            self._evaluator = self._evaluator or Evaluator(self._system_xml, self.platform)
-            self._evaluator(positions, energies, forces)
-            return
-        self._pool = self._pool or WorkerPool(self.workers, self._system_xml, self.platform, self.n_atoms)
-        try:
-            self._pool(positions, energies, forces, self.timeout)
-        except BaseException:
-            self.close()  # the others may still be at work on this batch
-            raise
+        deadline = Deadline(self.timeout)
+        with self._owner.borrow(deadline) as resource:
+            if isinstance(resource, WorkerPool):
+                resource(positions, energies, forces, deadline)
+            else:
+                resource(positions, energies, forces)
 
     def close(self) -> None:
-        """End the worker processes; the next call starts new ones."""
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
+        """End the worker processes, when no other thread uses them; the next call starts new ones."""
+        self._owner.close(Deadline(self.timeout))
 
     def __enter__(self) -> OpenMMEnergy:
         return self
@@ -139,7 +156,15 @@ class OpenMMEnergy:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_evaluator": None, "_pool": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_owner"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._own()
+
+
+def _make(workers: int, system_xml: str, platform: str, n_atoms: int) -> Evaluator | WorkerPool:
+    return WorkerPool(workers, system_xml, platform, n_atoms) if workers else Evaluator(system_xml, platform)
 
 
 class _Evaluate(torch.autograd.Function):
@@ -157,26 +182,3 @@ class _Evaluate(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         # Where the gradient is zero by definition, an infinite incoming one must not make it NaN.
         return torch.where(gradient == 0, 0, grad[:, None] * gradient), None
-
-
-def regularize_energy(u: Tensor, e_high: float, e_max: float) -> Tensor:
-    r"""Energies (...) that grow only logarithmically above ``e_high`` and not at all above ``e_max``, in kT.
-
-    .. math:: u \mapsto u \;(u \le e_{high}), \quad
-        e_{high} + \ln(1 + \min(u, e_{max}) - e_{high}) \;(u > e_{high})
-
-    Continuous with a continuous derivative at ``e_high``; the gradient above ``e_max`` is zero. Keeps the atoms that
-    overlap in an untrained generator's samples from dominating the loss (Noé, Olsson, Köhler, Wu 2019).
-    """
-    if not isinstance(u, Tensor) or not u.is_floating_point():
-        raise ValueError(f"u: expected a floating-point tensor, got {getattr(u, 'dtype', type(u).__name__)}")
-    e_high, e_max = _cut(e_high, e_max)
-    excess = (u.clamp(max=e_max) - e_high).clamp(min=0)
-    return torch.where(u > e_high, e_high + torch.log1p(excess), u)
-
-
-def _cut(e_high: float, e_max: float) -> tuple[float, float]:
-    low, high = number("e_high", e_high), number("e_max", e_max)
-    if not low < high:
-        raise ValueError(f"e_high and e_max: expected e_high < e_max, got {e_high!r} and {e_max!r}")
-    return low, high

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["angle", "dihedral", "distance", "place", "superpose"]
+__all__ = ["angle", "dihedral", "distance", "is_superposed", "place", "superpose"]
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
@@ -50,3 +50,19 @@ def superpose(x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     handedness = torch.linalg.det(left @ right).sign()
     R = torch.cat([left[..., :2], left[..., 2:] * handedness[..., None, None]], -1) @ right
     return centred @ R, R
+
+
+def is_superposed(x: Tensor, reference: Tensor) -> Tensor:
+    """Whether :func:`superpose` would leave points x (..., m, 3) as they are, for x in the Eckart frame; (...).
+
+    Points that satisfy the Eckart conditions, Σ x = 0 and Σ reference × x = 0, make the matrix H = Σ x referenceᵀ
+    symmetric. The rotation of least squares is then the identity where tr(H) 1 - H is positive definite. Elsewhere,
+    far from the reference, it is a finite rotation, and other points in the Eckart frame have the same shape.
+    """
+    H = x.mT @ reference
+    H = (H + H.mT) / 2
+    trace = H.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    M = trace * torch.eye(3, dtype=x.dtype, device=x.device) - H
+    # Sylvester's criterion; NaN compares false.
+    minor = M[..., 0, 0] * M[..., 1, 1] - M[..., 0, 1] * M[..., 1, 0]
+    return (M[..., 0, 0] > 0) & (minor > 0) & (torch.linalg.det(M) > 0)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,12 @@ from tqdm import tqdm
 
 from p4flows.checks import flag, integer, number
 from p4flows.molecules.alanine import Molecule
-from p4flows.molecules.evaluation import spawn
+from p4flows.molecules.cache import save, workplace
+from p4flows.molecules.dynamics import TIME_STEP, chunks, run
+from p4flows.molecules.processes import check_started, obituary, spawn
+from p4flows.molecules.units import in_unit, positions_array, steps
 
 __all__ = ["simulate"]
-
-_CHUNK = 250  # frames between checkpoints
 
 
 def simulate(
@@ -40,16 +40,19 @@ def simulate(
 
     Args:
         system: an ``openmm.System``, or a :class:`Molecule`, which brings its positions along.
-        temperature: in kelvin.
+        temperature: in kelvin, or with a unit of OpenMM: ``300 * kelvin``.
         frames: number of frames in all, shared by the workers.
-        stride: time steps between frames.
+        stride: time steps between frames, or a time: ``0.1 * picosecond`` is 100 steps.
         seed: of velocities and noise; the i-th worker has a stream of its own.
-        workers: spawned processes, each with a trajectory of its own, concatenated in order.
-        positions: (n_atoms, 3) in nm to start from; their energy is minimised first. Required with a System.
-        equilibration: time steps that each worker drops at the start.
+        workers: spawned processes, each with a trajectory of its own, concatenated in order. A script needs the
+            usual ``if __name__ == "__main__":`` around the call.
+        positions: (n_atoms, 3) in nm to start from, as numbers or as OpenMM has them: with units, lists of ``Vec3``,
+            ``pdb.positions``. Their energy is minimised first. Required with a System.
+        equilibration: time steps, or a time, that each worker drops at the start.
         cache: folder for finished and interrupted runs; by default the environment variable P4FLOWS_CACHE, or
             ``~/.cache/p4flows``. A run with equal arguments and versions is read from there; an interrupted one goes
-            on at its last checkpoint, to the same frames.
+            on at its last checkpoint, to the same frames. Of several equal calls at once, one simulates and the
+            others wait for its frames.
         progress: show a progress bar.
 
     Raises:
@@ -63,14 +66,12 @@ def simulate(
         raise ValueError(f"system: expected an openmm.System or a Molecule, got {type(system).__name__}")
     if positions is None:
         raise ValueError("positions: expected (n_atoms, 3) in nm, since a System has none")
-    temperature = number("temperature", temperature, 0, strict=True)
-    frames, stride = integer("frames", frames, 1), integer("stride", stride, 1)
+    temperature = number("temperature", in_unit("temperature", temperature, unit.kelvin), 0, strict=True)
+    frames, stride = integer("frames", frames, 1), integer("stride", steps("stride", stride, TIME_STEP), 1)
     seed, workers = integer("seed", seed, 0), min(integer("workers", workers, 1), frames)
-    equilibration = integer("equilibration", equilibration, 0)
-    try:
-        positions = np.asarray(positions).astype(np.float64, casting="same_kind")
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"positions: expected numbers (n_atoms, 3) in nm, got {positions!r}") from None
+    equilibration = integer("equilibration", steps("equilibration", equilibration, TIME_STEP), 0)
+    flag("progress", progress)
+    positions = positions_array("positions", positions)
     if positions.shape != (system.getNumParticles(), 3) or not np.isfinite(positions).all():
         raise ValueError(f"positions: expected finite ({system.getNumParticles()}, 3), got shape {positions.shape}")
 
@@ -88,103 +89,46 @@ def simulate(
     folder = root / "md" / hashlib.sha256(key.encode()).hexdigest()[:24]
     finished = folder / "frames.npy"
     if not finished.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        counts = [len(part) for part in np.array_split(np.arange(frames), workers)]
-        jobs = [spawn(_run, settings, i, count, str(folder)) for i, count in enumerate(counts)]
-        try:
-            _follow(
-                jobs,
-                tqdm(total=frames, desc=f"MD {temperature:g} K", unit="frame", disable=not flag("progress", progress)),
-            )
-        finally:
-            for process, connection in jobs:
-                connection.close()
-                process.terminate()
-                process.join()
-        parts = [np.load(path) for i, count in enumerate(counts) for path in _chunks(folder, i, count)]
-        _save(finished, np.concatenate(parts))
-        for path in [*folder.glob("chain-*")]:
-            path.unlink()
+        check_started()  # before the lock: whoever started this process has it
+        message = "waiting for another simulation with equal arguments"
+        with workplace(folder, lambda: tqdm.write(message) if progress else None) as place:
+            if not finished.exists():
+                save(finished, _simulate(settings, frames, workers, place, progress))
+                for path in [*place.glob("chain-*")]:
+                    path.unlink(missing_ok=True)
     return np.load(finished)
+
+
+def _simulate(settings: dict, frames: int, workers: int, place: Path, progress: bool) -> np.ndarray:
+    counts = [len(part) for part in np.array_split(np.arange(frames), workers)]
+    jobs: list = []
+    try:
+        for i, count in enumerate(counts):
+            jobs.append(spawn(run, settings, i, count, str(place)))
+        _follow(jobs, tqdm(total=frames, desc=f"MD {settings['temperature']:g} K", unit="frame", disable=not progress))
+    finally:
+        for process, connection in jobs:
+            connection.close()
+            process.terminate()
+            process.join()
+    return np.concatenate([np.load(path) for i, count in enumerate(counts) for path in chunks(place, i, count)])
 
 
 def _follow(jobs: list, bar: tqdm) -> None:
     running = {connection: process for process, connection in jobs}
+    started = set()
     with bar:
         while running:
             for connection in wait(list(running)):
                 try:
                     message = connection.recv()
                 except (EOFError, ConnectionResetError):
-                    raise RuntimeError("a molecular dynamics worker died") from None
+                    who = "a molecular dynamics worker"
+                    raise obituary(who, running[connection], connection in started) from None
+                started.add(connection)
                 if isinstance(message, Exception):
                     raise message
                 if message is None:
                     del running[connection]
                 else:
                     bar.update(message)
-
-
-def _chunks(folder: Path, chain: int, count: int) -> list[Path]:
-    return [folder / f"chain-{chain}-{start}.npy" for start in range(0, count, _CHUNK)]
-
-
-def _save(path: Path, array: np.ndarray | bytes) -> None:
-    """Write a file that is either whole or not there."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        if isinstance(array, bytes):
-            file.write(array)
-        else:
-            np.save(file, array)
-    part.replace(path)
-
-
-def _run(connection: Connection, settings: dict, chain: int, count: int, folder: str) -> None:
-    try:
-        for done in _simulate_chain(settings, chain, count, Path(folder)):
-            connection.send(done)
-        connection.send(None)
-    except Exception as error:  # whatever it is, the caller gets to see it
-        connection.send(RuntimeError(f"molecular dynamics failed: {type(error).__name__}: {error}"))
-
-
-def _simulate_chain(settings: dict, chain: int, count: int, folder: Path):
-    """Yields the numbers of frames that have become available."""
-    integrator = openmm.LangevinMiddleIntegrator(settings["temperature"], 1 / unit.picosecond, 1 * unit.femtosecond)
-    # OpenMM takes 0 for "choose a random one".
-    noise = int(np.random.SeedSequence([settings["seed"], chain]).generate_state(1)[0] % (2**31 - 2)) + 1
-    integrator.setRandomNumberSeed(noise)
-    context = openmm.Context(
-        openmm.XmlSerializer.deserialize(settings["system"]),
-        integrator,
-        openmm.Platform.getPlatformByName("Reference"),
-    )
-    start = 0
-    chunks = _chunks(folder, chain, count)
-    while start < len(chunks) and chunks[start].exists() and (folder / f"chain-{chain}-{start}.chk").exists():
-        start += 1
-    if start:
-        context.loadCheckpoint((folder / f"chain-{chain}-{start - 1}.chk").read_bytes())
-        yield min(start * _CHUNK, count)
-    else:
-        context.setPositions(np.array(settings["positions"]))
-        start_energy = context.getState(getEnergy=True).getPotentialEnergy()._value
-        if not math.isfinite(start_energy):  # the minimiser would never return
-            raise ValueError(f"the energy of the starting positions is {start_energy}")
-        openmm.LocalEnergyMinimizer.minimize(context)
-        context.setVelocitiesToTemperature(settings["temperature"], noise)
-        integrator.step(settings["equilibration"])
-    for i in range(start, len(chunks)):
-        size = min(_CHUNK, count - i * _CHUNK)
-        frames = np.empty((size, context.getSystem().getNumParticles(), 3), dtype=np.float32)
-        for j in range(size):
-            integrator.step(settings["stride"])
-            frames[j] = context.getState(getPositions=True).getPositions(asNumpy=True)._value
-            if j % 50 == 49:
-                yield 50
-        if not np.isfinite(frames).all():
-            raise ValueError("positions became NaN or infinite")
-        _save(folder / f"chain-{chain}-{i}.chk", context.createCheckpoint())
-        _save(chunks[i], frames)
-        yield size % 50

@@ -1,0 +1,72 @@
+"""Files that several processes may want at once: each is either whole or not there, and one process writes them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+__all__ = ["save", "workplace"]
+
+
+def save(path: Path, content: np.ndarray | bytes) -> None:
+    """Write a file that is either whole or not there, under a temporary name that no other process uses."""
+    part = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+    try:
+        with open(part, "wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                np.save(file, content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def workplace(folder: Path, wait: Callable[[], None]) -> Iterator[Path]:
+    """A folder for intermediate files that nobody else writes to.
+
+    It is ``folder`` itself, as soon as no other process or thread has it; ``wait`` is called once if there is a
+    wait. The system releases the lock of a process that was killed. Where files cannot be locked, it is a new folder
+    inside, which is removed at the end, so that every caller does the work for itself.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a") as file:
+        if _lock(file.fileno(), wait):
+            try:
+                yield folder
+            finally:
+                fcntl.flock(file, fcntl.LOCK_UN)
+            return
+    private = Path(tempfile.mkdtemp(prefix="private-", dir=folder))
+    try:
+        yield private
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+
+
+def _lock(file: int, wait: Callable[[], None]) -> bool:
+    """Whether the file is locked now; False where that is not possible."""
+    if fcntl is None:
+        return False
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:  # some network file systems
+        return False
+    return True
