@@ -115,6 +115,16 @@ class P4Layer(nn.Module, ABC):
     def penalty(self) -> Tensor:
         """Differentiable scalar that keeps the perturbation where it can be merged."""
 
+    @classmethod
+    def carried(cls, old: Tensor, new: Tensor) -> Tensor | None:
+        """What becomes of an average of gradients of a zeroed parameter when the redrawn one beside it changes.
+
+        The i-th parameter of ``zeroed`` and the i-th of ``redrawn`` belong together. For the latter before and after a
+        merge of L layers, ``old`` and ``new`` (L, ...), this is the matrix T (L, k, k) with which the average (..., k)
+        is multiplied; or None, the default, where it has no meaning any more and starts from zero.
+        """
+        return None
+
     @property
     def group_key(self) -> Hashable:
         """Layers of one type with equal keys may be handed to :meth:`merge_all` together."""

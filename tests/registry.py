@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import p4flows
-from p4flows import BentIdentity, Inverse, MergeScheduler, P4Inv, P4InvStack
+from p4flows import BentIdentity, Inverse, InvertibleLinear, MergeScheduler, P4Inv, P4InvStack, P4Layer
 from p4flows.layers.perturbed import PerturbedInverse
 
 N = 6
@@ -53,6 +53,10 @@ class _Leaky(nn.Module):
         return y * a.exp(), a.sum(-1)
 
 
+def _dense(cls: type = InvertibleLinear, **options) -> Callable[..., nn.Module]:
+    return lambda **more: cls(N, **{"seed": 7, **options, **more})
+
+
 LAYERS: dict[str, Callable[..., nn.Module]] = {
     "P4Inv": _p4inv(),
     "P4Inv-rank3": _p4inv(rank=3),
@@ -62,6 +66,9 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
     "P4Inv-orthogonal": _p4inv(init="orthogonal", rank=2),
     "P4Inv-permutation": _p4inv(init=PERMUTATION),
     "P4Inv-matrix": _p4inv(init=matrix(N)),
+    "InvertibleLinear": _dense(),
+    "InvertibleLinear-rank2": _dense(rank=2, init=matrix(N)),
+    "InvertibleLinear-no-bias": _dense(bias=False, init="reverse", rank=1),
     "P4InvStack": lambda **more: P4InvStack(N, 5, **{"seed": 7, **more}),
     "P4InvStack-1": lambda **more: P4InvStack(N, 1, 2, False, "orthogonal", **{"seed": 7, **more}),
     "P4InvStack-wide": lambda **more: WideP4InvStack(N, 3, 2, **{"seed": 7, **more}),
@@ -76,6 +83,7 @@ except ImportError:
     pass
 else:
     LAYERS["nflows.P4InvLinear"] = _p4inv(p4flows.nflows.P4InvLinear, rank=2)
+    LAYERS["nflows.InvertibleLinear"] = _dense(p4flows.nflows.InvertibleLinear, init=PERMUTATION)
     LAYERS["nflows.BentIdentity"] = _activation(p4flows.nflows.BentIdentity)
 
 try:
@@ -117,14 +125,16 @@ def perturb(layer: nn.Module, scale: float = 0.1) -> nn.Module:
         for module in layer.modules():
             if isinstance(module, PerturbedInverse):
                 module.U.normal_(std=scale)
-                if module.bias is not None:
-                    module.bias.normal_()
+            if isinstance(module, InvertibleLinear):
+                module.weight.add_(scale * torch.randn_like(module.weight))
+            if isinstance(module, P4Layer) and module.bias is not None:
+                module.bias.normal_()
     return layer
 
 
 def train(layer: nn.Module, steps: int = 40) -> nn.Module:
     """Maximum likelihood and the reverse direction on random data, with merges; leaves a live perturbation."""
-    parameters = list(layer.parameters())
+    parameters = [p for p in layer.parameters() if p.requires_grad]
     if not parameters:
         return layer
     optimizer = torch.optim.Adam(parameters, lr=1e-2)

@@ -17,6 +17,7 @@ from benchmarks.paper.boltzmann import PERTURBATION, TEMPERATURE, Samples, descr
 from benchmarks.paper.boltzmann_figure import draw
 from benchmarks.paper.boltzmann_training import Stage, train
 from benchmarks.paper.realnvp import real_nvp
+from p4flows import PAPER_BOUNDS
 from p4flows.nflows import replace_permutations
 
 __all__ = ["FILES", "FULL", "KEPT", "QUICK", "Run", "add_arguments", "build", "run", "table"]
@@ -72,7 +73,7 @@ def build(setting: Run, features: int = 60) -> torch.nn.Module:
     torch.manual_seed(setting.seed)
     flow = real_nvp(features, setting.couplings)
     if setting.mix == "P4Inv":
-        replace_permutations(flow, setting.rank, seed=setting.seed)
+        replace_permutations(flow, setting.rank, seed=setting.seed, **PAPER_BOUNDS)
     return flow
 
 

@@ -29,7 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, default=60_000, help="MD frames, 0.1 ps apart")
     parser.add_argument("--couplings", type=int, default=8, help="coupling layers")
     parser.add_argument("--steps", type=int, default=4_000, help="training steps of each flow")
-    parser.add_argument("--rank", type=int, default=1, help="rank of the perturbations")
+    parser.add_argument("--rank", type=int, help="rank of the perturbations (default: that of the layer)")
     parser.add_argument("--samples", type=int, default=10_000, help="samples drawn")
     parser.add_argument("--seed", type=int, default=0, help="of data, networks and training")
 

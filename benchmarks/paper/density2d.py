@@ -17,7 +17,7 @@ from benchmarks.harness.environment import save
 from benchmarks.harness.threads import one_thread
 from benchmarks.paper.density2d_figure import draw
 from benchmarks.paper.toy_densities import DISTRIBUTIONS
-from p4flows import MergeScheduler, P4InvStack
+from p4flows import PAPER_BOUNDS, MergeScheduler, P4InvStack
 
 __all__ = ["FILES", "KEPT", "RealNVP2d", "add_arguments", "run", "table"]
 
@@ -84,6 +84,10 @@ class RealNVP2d(nn.Module):
         return torch.cat([a, b], -1), total.squeeze(-1)
 
 
+def _stack(count: int, seed: int) -> P4InvStack:
+    return P4InvStack(2, 2 * _BLOCKS, 1, models=count, seed=seed, **PAPER_BOUNDS)
+
+
 @one_thread()
 def run(args: Namespace) -> dict[str, Any]:
     steps = 80 if args.quick else 160_000 if args.full else 40_000
@@ -91,8 +95,11 @@ def run(args: Namespace) -> dict[str, Any]:
     torch.manual_seed(args.seed)
     models: dict[str, tuple[nn.Module, bool]] = {
         "RealNVP": (RealNVP2d(count), False),
-        "P4Inv": (P4InvStack(2, 2 * _BLOCKS, models=count, seed=args.seed), False),
-        "P4Inv through its inverse": (P4InvStack(2, 2 * _BLOCKS, models=count, seed=args.seed), True),
+        "P4Inv": (_stack(count, args.seed), False),
+        "P4Inv through its inverse": (
+            _stack(count, args.seed),
+            True,
+        ),
     }
     rows, densities = [], {}
     for name, (model, inverse) in models.items():

@@ -15,7 +15,7 @@ from benchmarks.harness.environment import save
 from benchmarks.harness.parts import part
 from benchmarks.harness.threads import one_thread
 from benchmarks.paper.linear_figure import draw
-from p4flows import MergeScheduler, P4Inv
+from p4flows import PAPER_BOUNDS, MergeScheduler, P4Inv
 
 __all__ = ["FILES", "KEPT", "add_arguments", "run", "targets"]
 
@@ -149,9 +149,10 @@ def train(T: Tensor, method: Method, steps: int, title: str = "") -> dict[str, A
     """Fit y = T x by SGD from A = I; what became of the matrix on the way."""
     n = len(T)
     standard = method.every is None
-    layer = _Standard(n) if standard else P4Inv(n, method.rank, bias=False, seed=1, penalty_weight=method.penalty)
-    # E[V Vᵀ] = k I: at the learning rate / k a perturbation of rank k descends like a standard layer.
-    optimizer = torch.optim.SGD(layer.parameters(), lr=_LEARNING_RATE / method.rank)
+    paper = {**PAPER_BOUNDS, "penalty_weight": method.penalty}
+    layer = _Standard(n) if standard else P4Inv(n, method.rank, bias=False, seed=1, **paper)
+    # E[V Vᵀ] = I: a perturbation of any rank descends like a standard layer.
+    optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=_LEARNING_RATE)
     scheduler = None if standard else MergeScheduler(layer, optimizer, method.every, 10, method.correct_every)
     apply = layer.inverse if method.inverse else layer
     generator = torch.Generator().manual_seed(2)

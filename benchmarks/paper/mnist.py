@@ -122,13 +122,8 @@ def train(
     if quick:
         x, y, test_x, test_y = x[:128], y[:128], test_x[:64], test_y[:64]
     model = network(_RANKS[method], replica)
-    # E[V Vᵀ] = k I: at lr / k a perturbation of rank k descends like a standard layer.
-    groups: dict[float, list[nn.Parameter]] = {}
-    for layer in model:
-        for name, parameter in layer.named_parameters():
-            own = lr / layer.rank if isinstance(layer, P4Linear) and name != "bias" else lr
-            groups.setdefault(own, []).append(parameter)
-    optimizer = torch.optim.SGD([{"params": parameters, "lr": own} for own, parameters in groups.items()], lr=lr)
+    # E[V Vᵀ] = I: a perturbation of any rank descends like a standard layer.
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
     if _RANKS[method] is not None:
         MergeScheduler(model, optimizer, every=1).attach()
     generator = torch.Generator().manual_seed(replica)

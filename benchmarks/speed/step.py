@@ -107,14 +107,14 @@ def _in_turn(layers: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _stacks(args: Namespace) -> dict[str, Step]:
     x = torch.randn(200, 2)
-    layers = nn.ModuleList(P4Inv(2, seed=i) for i in range(args.depth))
-    jobs = {"P4InvStack": _training(stack := P4InvStack(2, args.depth), stack, x, _merges)}
+    layers = nn.ModuleList(P4Inv(2, rank=1, seed=i) for i in range(args.depth))
+    jobs = {"P4InvStack": _training(stack := P4InvStack(2, args.depth, 1), stack, x, _merges)}
     if args.compile:
-        stack = P4InvStack(2, args.depth)
+        stack = P4InvStack(2, args.depth, 1)
         jobs["P4InvStack, compiled"] = _training(stack, torch.compile(stack, fullgraph=True), x, _merges)
     jobs["separate P4Inv"] = _training(layers, lambda x: _in_turn(layers, x), x, _merges)
     for models in args.models:
-        stack = P4InvStack(2, args.depth, models=models)
+        stack = P4InvStack(2, args.depth, 1, models=models)
         jobs[f"P4InvStack, {models} models"] = _training(stack, stack, x.expand(models, -1, -1), _merges)
     if find_bgflow():
         from bgflow import InvertiblePPPP, PPPPScheduler
@@ -131,7 +131,7 @@ def _flows(args: Namespace) -> dict[str, Step]:
         for compiled in (False, True) if args.compile else (False,):
             flow = real_nvp(60, args.couplings)
             if swaps:
-                replace_permutations(flow)
+                replace_permutations(flow, rank=1)
             transform = flow._transform
             function = torch.compile(transform, fullgraph=True) if compiled else transform
             scheduler = _merges if swaps else lambda model, optimizer: None

@@ -19,8 +19,6 @@ from p4flows.tracking.noise import directions
 
 __all__ = ["InvertibleLinear"]
 
-_RANK = 16
-
 
 class InvertibleLinear(Tracked, P4Layer):
     r"""Invertible linear layer ``y = A x + b``, in which A follows a dense trained weight W by low-rank updates.
@@ -42,8 +40,8 @@ class InvertibleLinear(Tracked, P4Layer):
         bias: whether there is a trainable b (n,), which starts at zero.
         init: the A and W to start from, as in :class:`p4flows.P4Inv`.
         seed: of the first directions Q, and of ``init="orthogonal"``.
-        rank: k, the rank that A follows with in one round, 1 <= k <= n; by default 16, or n where that is less. See
-            :attr:`lag` for whether it is enough.
+        rank: k, the rank that A follows with in one update, 1 <= k <= n; by default 16, and 32 or n up to n = 128.
+            While the weight is more than 2 % ahead there are up to four updates in one step.
         bounds_update: (low, high) for ln σ of the singular values σ of the capacitance of an update. Outside, a half, a
             quarter or an eighth of the update is taken, or it is skipped; nothing is lost, as the rest stays in E.
         bounds_det: the same for ln|det A|; there is none by default.
@@ -103,7 +101,7 @@ class InvertibleLinear(Tracked, P4Layer):
     ) -> None:
         super().__init__()
         self.features = integer("features", features, 1)
-        self.rank = min(_RANK, self.features) if rank is None else integer("rank", rank, 1, self.features)
+        self.rank = _default_rank(self.features) if rank is None else integer("rank", rank, 1, self.features)
         self.bounds_update = bounds("bounds_update", bounds_update)
         self.bounds_det = bounds("bounds_det", bounds_det)
         dtype = floating(dtype)
@@ -171,8 +169,8 @@ class InvertibleLinear(Tracked, P4Layer):
     def lag(self) -> Tensor:
         """``‖W - A‖ / ‖A‖`` in Frobenius norms, () in float64: how far A is behind the weight.
 
-        After rounds of following it should be well below the relative size of the optimizer's steps over some tens of
-        steps, about a hundredth; if it grows beyond a tenth, raise the rank or lower the learning rate.
+        It is kept near 2 % by more than one update in a step where that is needed; if it grows beyond a tenth, raise
+        the rank or lower the learning rate.
         """
         A = self.tracked.exact[0]
         return torch.linalg.matrix_norm(self.weight.double() - A) / torch.linalg.matrix_norm(A)
@@ -214,7 +212,7 @@ class InvertibleLinear(Tracked, P4Layer):
         """Move A towards the weight by an update of rank k, in place, O(k n²).
 
         Where the whole update is out of bounds a part of it is taken, unless forced; it is skipped where no part is
-        within bounds or finite, and where the weight is not finite. Does not wait for the device. Returns the
+        within bounds or finite, and where the weight is not finite. Waits for the device. Returns the
         :class:`p4flows.MergeOutcome`, an int64 tensor ().
         """
         return MergeOutcome.without_reason(type(self).merge_all([self], force)[0])
@@ -237,3 +235,7 @@ class InvertibleLinear(Tracked, P4Layer):
     def penalty(self) -> Tensor:
         """Zero, in float64: what cannot be followed at once is followed in parts."""
         return torch.zeros((), dtype=torch.float64, device=self.weight.device)
+
+
+def _default_rank(n: int) -> int:
+    return min(n, 32) if n <= 128 else 16

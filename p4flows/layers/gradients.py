@@ -110,7 +110,8 @@ class _Forward(Function):
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             S = Ct_inv * gl.sum()
             gU = gy.t().mm(t).addmm_(V.t().mm(A_inv).t(), S)
-            gV = x.t().mm(r).addmm_(Wt.t(), S.t())
+            if ctx.needs_input_grad[4]:
+                gV = x.t().mm(r).addmm_(Wt.t(), S.t())
         if ctx.needs_input_grad[5]:
             gb = gy.sum(0)
         return None, None, None, gU, gV, gb, gx
@@ -138,7 +139,7 @@ class _Inverse(Function):
         gWt = torch.addmm(gCt.mm(V.t()), q.t(), gx, alpha=-1)
         gz = torch.addmm(gx, gt, V.t())
         gy, gUt = torch.cat([gz, gWt]).mm(A_inv).split([len(gz), len(gWt)])
-        gV = z.t().mm(gt).addmm_(Wt.t(), gCt)
+        gV = z.t().mm(gt).addmm_(Wt.t(), gCt) if ctx.needs_input_grad[3] else None
         gb = gy.sum(0).neg_() if ctx.needs_input_grad[4] else None
         return None, None, gUt.t(), gV, gb, gy
 
@@ -223,8 +224,14 @@ def _plain_capacitance(A_inv, U, V, x):
 def differentiable(plain: Callable, ctx: Any, inputs: tuple, gradients: tuple) -> tuple:
     """The gradients once more, by autograd on the plain operations, where they are to be differentiated again."""
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+    # An output that depends on nothing that is trained, such as a constant log|det|, has no derivative.
+    outputs = [(out, g) for out, g in zip(plain(*inputs), gradients, strict=True) if out.requires_grad]
     found = torch.autograd.grad(
-        plain(*inputs), [inputs[i] for i in wanted], gradients, create_graph=True, allow_unused=True
+        [out for out, _ in outputs],
+        [inputs[i] for i in wanted],
+        [g for _, g in outputs],
+        create_graph=True,
+        allow_unused=True,
     )
     result = [None] * len(inputs)
     for i, gradient in zip(wanted, found, strict=True):

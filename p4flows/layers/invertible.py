@@ -26,14 +26,14 @@ class P4Inv(PerturbedInverse):
     so that both directions and the log-determinant cost O(n²), with gradients for U, V, b and the input. Merging
     (:meth:`merge`, usually called by :class:`p4flows.MergeScheduler`) moves ``U Vᵀ`` into A and starts a new
     perturbation, U = 0 and a random V, without changing the layer's function (Algorithm 2). V is drawn such that
-    ``E[V Vᵀ] = I``: V ~ N(0, 1) for k = 1 as in the paper; for more, its columns are orthogonal and of norm √(n/k).
-    So one learning rate serves all ranks, and it is that of a dense matrix. ``train()`` and ``eval()`` compute the same
-    function.
+    ``E[V Vᵀ] = I``: V ~ N(0, 1) for k = 1 as in the paper; for more, its columns are orthogonal and of norm √(n/k), and
+    V is not trained (see :class:`p4flows.layers.low_rank.LowRank`). So one learning rate serves all ranks, and it is
+    that of a dense matrix. ``train()`` and ``eval()`` compute the same function.
 
     Args:
         features: n, the size of the last dimension of the input.
-        rank: k, 1 <= k <= n; n/4 by default, at least 1 and at most 64. The paper has k = 1. A step costs O(k n²)
-            beside the O(n²) a row. The higher the rank, the more a step learns.
+        rank: k, 1 <= k <= n; by default n, but at most 64. The paper has k = 1. A step costs O(k n²) beside the O(n²)
+            a row. The higher the rank, the more a step learns.
         bias: whether there is a trainable b (n,), which starts at zero.
         init: the A to start from: "identity"; "reverse" (A[i, n-1-i] = 1); "orthogonal" (random, from ``seed``);
             a permutation p, an integer tensor (n,), so that ``y = x[..., p]``; or an invertible (n, n) matrix,

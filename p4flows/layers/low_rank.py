@@ -14,7 +14,9 @@ __all__ = ["LowRank"]
 class LowRank:
     """A layer with parameters U (*batch, m, k), V (*batch, n, k), bias (*batch, m) and buffers seed, merges (*batch).
 
-    A reset sets U to zero and draws the next V of the seed.
+    A reset sets U to zero and draws the next V of the seed. V is trained where k = 1, as in the paper. Where k > 1 it
+    is fixed between merges (``V.requires_grad`` is False): then a step of U is a step of a dense matrix within k random
+    directions. Training V as well teaches nothing more, and products of both steps make large learning rates unstable.
     """
 
     U: nn.Parameter
@@ -29,7 +31,7 @@ class LowRank:
         self.register_buffer("seed", seed.clone())
         self.register_buffer("merges", torch.zeros_like(seed))
         self.U = nn.Parameter(A.new_zeros(*A.shape[:-2], m, rank))
-        self.V = nn.Parameter(directions(self.seed, self.merges, n, rank).to(A.dtype))
+        self.V = nn.Parameter(directions(self.seed, self.merges, n, rank).to(A.dtype), requires_grad=rank == 1)
         zero = A.new_zeros(*A.shape[:-2], m)
         self.register_parameter("bias", nn.Parameter(zero) if flag("bias", bias) else None)
 
@@ -44,6 +46,12 @@ class LowRank:
     @property
     def redrawn(self) -> tuple[nn.Parameter, ...]:
         return (self.V,)
+
+    @classmethod
+    def carried(cls, old: Tensor, new: Tensor) -> Tensor | None:
+        """``V⁺ V'``, with which a gradient ``G V`` becomes the part of ``G V'`` that the old directions have seen."""
+        n, k = old.shape[-2:]
+        return None if k == 1 else old.mT @ new * (k / n)
 
     @property
     def matrix(self) -> Tensor:

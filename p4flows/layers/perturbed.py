@@ -154,8 +154,9 @@ class PerturbedInverse(Tracked, LowRank, P4Layer):
         self.rank = rank
         for parameter in (self.U, self.V):
             parameter.data = parameter.data.new_zeros(*parameter.shape[:-1], rank)
+        self.V.requires_grad_(rank == 1)
 
 
 def default_rank(n: int) -> int:
-    """The rank of a perturbation that is not given: n/4, at least 1 and at most 64."""
-    return min(max(1, n // 4), 64)
+    """The rank of a perturbation that is not given: n, but at most 64."""
+    return min(n, 64)

@@ -23,6 +23,7 @@ __all__ = [
     "cheapest_order",
     "fits",
     "hyperpower",
+    "invert_capacitance",
     "largest",
     "low_rank_update_",
     "matrix_vector",
@@ -98,6 +99,11 @@ def solve_capacitance(C: Tensor, X: Tensor) -> Tensor:
         return X / C
     wide = torch.promote_types(C.dtype, torch.float32)  # LAPACK has no half precision
     return torch.linalg.solve_ex(C.to(wide), X.to(wide)).result.to(X.dtype)
+
+
+def invert_capacitance(C: Tensor) -> Tensor:
+    """``C⁻¹`` (..., k, k); where C is singular the result is not finite, and nothing is raised."""
+    return solve_capacitance(C, torch.eye(C.shape[-1], dtype=C.dtype, device=C.device).expand_as(C))
 
 
 def perturbed_product(A: Tensor, U: Tensor, V: Tensor, x: Tensor) -> Tensor:
@@ -196,7 +202,7 @@ def hyperpower(A_inv: Tensor, R: Tensor, order: int) -> Tensor:
 
 def largest(M: Tensor) -> Tensor:
     """max|M| over the last two dimensions, in float64."""
-    return M.abs().amax((-2, -1)).double()
+    return torch.linalg.vector_norm(M, torch.inf, (-2, -1)).double()
 
 
 def fits(M: Tensor, update: Tensor, limit: float) -> Tensor:

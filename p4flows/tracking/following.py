@@ -7,6 +7,8 @@ for later, as in PowerSGD (Vogels, Karimireddy, Jaggi 2019, arXiv:1905.13727).
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -21,27 +23,46 @@ __all__ = ["follow_"]
 # Parts of an update that are tried where the whole is not sane; the rest stays in E.
 _PARTS = (0.5, 0.25, 0.125)
 
+# A follows by up to four updates at a time while ‖W - A‖ is more than 2 % of ‖A‖, as estimated from four vectors.
+_ROUNDS, _NEAR, _PROBES = 4, 0.02, 4
+
 
 @torch.no_grad()
 def follow_(state: Matrices, *, force: bool, bounds_update: Bounds, bounds_det: Bounds) -> Tensor:
-    """Move each A (L, n, n) towards its weight by an update of rank k; the outcomes (L,).
+    """Move each A (L, n, n) towards its weight by updates of rank k; the outcomes (L,) of the first of them.
 
-    ``state.own`` has weight (L, n, n), and directions (L, n, k), which become those of the next step. Where the whole
-    update is not sane a part of it is taken. Cost O(k n²).
+    ``state.own`` has weight (L, n, n), and directions (L, n, k), which become those of the next step. There is one
+    update, O(k n²), and up to three more while a weight is far ahead. Waits for the device.
     """
-    P, Q = _best_directions(state)
-    finite = P.isfinite().all(-1).all(-1) & Q.isfinite().all(-1).all(-1)
-    P, Q = (torch.where(finite[:, None, None], M, 0) for M in (P, Q))
+    options = {"force": force, "bounds_update": bounds_update, "bounds_det": bounds_det}
+    first, lag = _update(state, **options)
+    for _ in range(1, _ROUNDS):
+        if not ((lag > _NEAR) & (first == MergeOutcome.MERGED)).any():
+            break
+        _, lag = _update(state, **options)
+    state.store("directions")
+    return first
+
+
+def _update(state: Matrices, force: bool, bounds_update: Bounds, bounds_det: Bounds) -> tuple[Tensor, Tensor]:
+    """One update, or a part of it where the whole is not sane; the outcomes, and ``‖W - A‖ / ‖A‖`` after it, (L,)."""
+    P, Q, EX, AX = _best_directions(state)
+    size = torch.linalg.matrix_norm(Q)  # no entry of P Qᵀ is larger, as P has orthonormal columns
+    finite = size.isfinite() & torch.linalg.matrix_norm(P).isfinite()
+    if not finite.is_cpu or not finite.all():
+        P, Q = (torch.where(finite[:, None, None], M, 0) for M in (P, Q))
     W, C, Z = algebra.merge_products(state.A_inv, P, Q)
     identity = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
     M = C - identity
-    size, size_W = algebra.largest(P) * algebra.largest(Q), algebra.largest(W)
+    size_W = algebra.largest(W)
 
     part = torch.ones_like(state.logabsdet)
     for smaller in (*_PARTS, None):
         C = identity + part[:, None, None] * M
-        K = algebra.solve_capacitance(C, Z)
-        found = sanity(state, C, part * size, part * size_W * algebra.largest(K), bounds_update, bounds_det)
+        C_inv = algebra.invert_capacitance(C)
+        K = C_inv @ Z
+        size_inv = part * size_W * algebra.largest(K)
+        found = sanity(state, C, C_inv, part * size, size_inv, bounds_update, bounds_det)
         sane = found.reason == 0
         accepted = finite & (found.storable if force else sane)
         if smaller is None or (accepted.is_cpu and (accepted | ~finite).all()):  # elsewhere, asking would mean waiting
@@ -53,21 +74,34 @@ def follow_(state: Matrices, *, force: bool, bounds_update: Bounds, bounds_det: 
         update_(state, accepted, scale * P, Q, scale * W, K, found)
     directions = state.own["directions"]
     directions.copy_(torch.where(finite[:, None, None], Q, directions))
-    state.store("directions")
+    taken_part = torch.where(accepted, part, 0)[:, None, None]
+    EX = EX - taken_part * (P @ (Q.mT @ _probes(Q.shape[-2], Q.device)))
+    lag = torch.linalg.matrix_norm(EX) / torch.linalg.matrix_norm(AX)
     taken = torch.where(part < 1, int(MergeOutcome.PARTIAL), int(MergeOutcome.MERGED))
     taken = taken.where(sane, int(MergeOutcome.FORCED))
-    return taken.where(accepted, found.reason).where(finite, int(MergeOutcome.SKIPPED_NOT_FINITE))
+    return taken.where(accepted, found.reason).where(finite, int(MergeOutcome.SKIPPED_NOT_FINITE)), lag
 
 
-def _best_directions(state: Matrices) -> tuple[Tensor, Tensor]:
-    """P (L, n, k) with orthonormal columns and Q = Eᵀ P (L, n, k), in float64."""
+def _best_directions(state: Matrices) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """P (L, n, k) with orthonormal columns and Q = Eᵀ P (L, n, k); E X and A X for the probes X; in float64."""
     W, Q = state.own["weight"], state.own["directions"]
+    k = Q.shape[-1]
     if state.rounded_A is None:
+        X = _probes(Q.shape[-2], Q.device)
         E = W.double() - state.A
         P = torch.linalg.qr(E @ Q.double()).Q
-        return P, E.mT @ P
+        return P, E.mT @ P, E @ X, state.A @ X
     # For a wide layer, products in its own precision with the rounded A: the error that this makes remains in E.
-    A = state.rounded_A
-    P = torch.linalg.qr((W @ Q - A @ Q).double()).Q
-    rounded = P.to(W.dtype)
-    return P, ((rounded.mT @ W) - (rounded.mT @ A)).mT.double()
+    A, X = state.rounded_A, _probes(Q.shape[-2], Q.device).to(W.dtype)
+    both = torch.cat([Q, X.expand(len(Q), -1, -1)], -1).mT
+    AQ = (both @ A.mT).mT.double()
+    EQ = (both @ W.mT).mT.double() - AQ
+    P = torch.linalg.qr(EQ[..., :k]).Q
+    rounded = P.to(W.dtype).mT
+    return P, (rounded @ W - rounded @ A).mT.double(), EQ[..., k:], AQ[..., k:]
+
+
+@lru_cache(maxsize=16)
+def _probes(n: int, device: torch.device) -> Tensor:
+    # Always the same ones, so that every process and every resumed run takes the same decision.
+    return torch.randn(n, _PROBES, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).to(device)

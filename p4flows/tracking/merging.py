@@ -32,8 +32,9 @@ def merge_(state: Matrices, *, force: bool, bounds_update: Bounds, bounds_det: B
     finite = size_U.isfinite() & size_V.isfinite()
     U_new, V_new = (torch.where(finite[:, None, None], M, 0).double() for M in (U, V))
     W, C, Z = algebra.merge_products(state.A_inv, U_new, V_new)
-    K = algebra.solve_capacitance(C, Z)
-    found = sanity(state, C, size_U * size_V, algebra.largest(W) * algebra.largest(K), bounds_update, bounds_det)
+    C_inv = algebra.invert_capacitance(C)
+    K = C_inv @ Z
+    found = sanity(state, C, C_inv, size_U * size_V, algebra.largest(W) * algebra.largest(K), bounds_update, bounds_det)
     accepted = finite & (found.storable if force else found.reason == 0)
 
     if not accepted.is_cpu or accepted.any():  # elsewhere, asking would mean waiting
@@ -55,12 +56,19 @@ class Sanity:
 
 
 def sanity(
-    state: Matrices, C: Tensor, size: Tensor, size_inv: Tensor, bounds_update: Bounds, bounds_det: Bounds
+    state: Matrices,
+    C: Tensor,
+    C_inv: Tensor,
+    size: Tensor,
+    size_inv: Tensor,
+    bounds_update: Bounds,
+    bounds_det: Bounds,
 ) -> Sanity:
-    """The sanity check of Algorithm 2 for updates of capacitance C (L, k, k).
+    """The sanity check of Algorithm 2 for updates of capacitance C (L, k, k), and its inverse.
 
     ``size`` and ``size_inv`` (L,) bound the entries of rank-one terms of the updates of A and A⁻¹. The bounds on ln|G|
-    hold for every direction of an update of higher rank, that is for the singular values of C.
+    hold for every direction of an update of higher rank, that is for the singular values of C: these are between
+    ``1 / ‖C⁻¹‖`` and ``‖C‖`` in Frobenius norms.
     """
     sign_G, log_G = algebra.sign_and_logabsdet(C)
     k = C.shape[-1]
@@ -70,7 +78,7 @@ def sanity(
     reason = torch.zeros_like(state.logabsdet, dtype=torch.int64)
     for outcome, sane in (
         (MergeOutcome.SKIPPED_DETERMINANT, _within(log_G + state.logabsdet, bounds_det)),
-        (MergeOutcome.SKIPPED_UPDATE, _directions_within(C, log_G, bounds_update)),
+        (MergeOutcome.SKIPPED_UPDATE, _directions_within(C, C_inv, log_G, bounds_update)),
         (MergeOutcome.SKIPPED_RANGE, storable),
     ):
         reason = reason.masked_fill(~sane, int(outcome))
@@ -79,21 +87,22 @@ def sanity(
 
 def update_(state: Matrices, accepted: Tensor, U: Tensor, V: Tensor, W: Tensor, K: Tensor, found: Sanity) -> None:
     """``A += U Vᵀ``, ``A⁻¹ -= W K`` and the determinant, in place, where ``accepted`` (L,)."""
-    keep = accepted[:, None, None]
-    algebra.low_rank_update_(state.A, torch.where(keep, U, 0), V.mT)
-    algebra.low_rank_update_(state.A_inv, torch.where(keep, -W, 0), torch.where(keep, K, 0))
+    if not accepted.is_cpu or not accepted.all():
+        U, W, K = (torch.where(accepted[:, None, None], M, 0) for M in (U, W, K))
+    algebra.low_rank_update_(state.A, U, V.mT)
+    algebra.low_rank_update_(state.A_inv, -W, K)
     state.sign.mul_(torch.where(accepted, found.sign_G, 1))
     state.logabsdet.add_(torch.where(accepted, found.log_G, 0))
     state.store("A", "A_inv", "sign", "logabsdet")
 
 
-def _directions_within(C: Tensor, log_G: Tensor, bounds: Bounds) -> Tensor:
-    if C.shape[-1] == 1 or bounds == (None, None):
+def _directions_within(C: Tensor, C_inv: Tensor, log_G: Tensor, bounds: Bounds) -> Tensor:
+    if C.shape[-1] == 1:
         return _within(log_G, bounds)
-    # LAPACK refuses what is not finite.
-    usable = C.isfinite().all(-1).all(-1)
-    spectrum = torch.linalg.svdvals(torch.where(usable[:, None, None], C, 0)).log()
-    return usable & _within(spectrum[:, -1], (bounds[0], None)) & _within(spectrum[:, 0], (None, bounds[1]))
+    low, high = bounds
+    smallest = -torch.linalg.matrix_norm(C_inv).log() if low is not None else log_G
+    largest = torch.linalg.matrix_norm(C).log() if high is not None else log_G
+    return _within(smallest, (low, None)) & _within(largest, (None, high))
 
 
 def _within(value: Tensor, bounds: Bounds) -> Tensor:

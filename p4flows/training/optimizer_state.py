@@ -73,6 +73,18 @@ class StateReset:
                 chosen = which.tolist() if chosen is None else chosen
                 _assign([state for i, state in on_host if chosen[i]], name)
 
+    @torch.no_grad()
+    def carry(self, which: Tensor, T: Tensor) -> None:
+        """Multiply the first moments (..., k) of the i-th parameter with ``T[i]`` (k, k), where ``which[i]``."""
+        states = [(i, self.optimizer.state[p]) for i, p in enumerate(self.parameters) if p in self.optimizer.state]
+        for name in _FIRST_MOMENTS & set().union(*(state for _, state in states)):
+            held = [(i, state[name]) for i, state in states if state.get(name) is not None]
+            rows, moments = zip(*held, strict=True)
+            index = torch.tensor(rows, device=T.device)
+            old = torch.stack(moments)
+            new = torch.where(which[index].view(-1, *[1] * (old.ndim - 1)), old @ T[index].to(old.dtype), old)
+            torch._foreach_copy_(list(moments), list(new.unbind()))
+
 
 def _assign(states: list[dict], name: str) -> None:
     tensors = [state[name] for state in states if isinstance(state[name], Tensor)]

@@ -79,10 +79,11 @@ class MergeScheduler:
         correct_every: every so many merges all inverses are corrected, as the paper does (50), see
             :meth:`P4Inv.correct`. None for only where it is needed: after every round of merges an O(n²) estimate of
             the residual says where that is, and there they are corrected at once, whatever this is set to.
-        reset: what goes back to its initial value in the optimizer's state when a layer has merged: "momentum", the
-            first moments of U and V, which belong to the old V, while second moments and step counts say how large
-            gradients are, whatever V; "v", all state of the redrawn V, as the authors' code does; "all", all state of
-            U too, as the paper's text has it; "none". After a perturbation that was not finite, all of both goes back.
+        reset: what becomes of the optimizer's state when a layer has merged. "momentum": the first moments of U and V,
+            which belong to the old V, are moved to the new V as far as its directions were covered by the old, and
+            otherwise start from zero; second moments and step counts stay, as they say how large gradients are,
+            whatever V. "v": all state of the redrawn V starts anew, as in the authors' code; "all": all state of U
+            too, as the paper's text has it; "none". After a perturbation that was not finite, all of both starts anew.
         add_penalty: add the gradient of :meth:`penalty` to the parameters' gradients just before each optimizer step,
             for training loops whose loss is out of reach. Otherwise add :meth:`penalty` to the loss yourself, or not.
 
@@ -222,9 +223,11 @@ class MergeScheduler:
             rounds = self._rounds[self._interval(layers)]
             force = self.force_every is not None and rounds % self.force_every == 0
             correct = self.correct_every is not None and rounds % self.correct_every == 0
+            kept = self.reset == "momentum" and any(resets)
+            old = [_column(layers, "redrawn", i) for i in range(len(layers[0].redrawn))] if kept else []
             outcomes = type(layers[0]).merge_all(layers, force)
             self._count(outcomes)
-            self._reset_optimizer(resets, outcomes)
+            self._reset_optimizer(layers, resets, outcomes, old)
             changed = ~MergeOutcome.is_skip(outcomes)
             if correct or not changed.is_cpu or changed.any():  # elsewhere, asking would mean waiting
                 done = type(layers[0]).correct_all(layers, where_needed=not correct)
@@ -373,16 +376,27 @@ class MergeScheduler:
         if outcomes.device.type == "cpu" and (outcomes == MergeOutcome.SKIPPED_NOT_FINITE).any():
             self._warn_not_finite()
 
-    def _reset_optimizer(self, resets: list[list[StateReset]], outcomes: Tensor) -> None:
+    def _reset_optimizer(
+        self, layers: Sequence[P4Layer], resets: list[list[StateReset]], outcomes: Tensor, old: list[Tensor]
+    ) -> None:
         broken = outcomes == MergeOutcome.RESET
         merged = ~MergeOutcome.is_skip(outcomes)
         if outcomes.ndim > 1:  # an optimizer counts the steps of a parameter as one
             broken, merged = (any_of.flatten(1).any(1) for any_of in (broken, merged))
-        for columns, on_merge in zip(resets, (self.reset in ("v", "all"), self.reset == "all"), strict=True):
+        redrawn, zeroed = resets
+        for columns, on_merge in ((redrawn, self.reset in ("v", "all")), (zeroed, self.reset == "all")):
             for reset in columns:
                 reset(merged if on_merge else broken)
-                if self.reset == "momentum":
-                    reset(merged, first_moments_only=True)
+        if self.reset != "momentum":
+            return
+        for reset in redrawn:
+            reset(merged, first_moments_only=True)
+        for i, reset in enumerate(zeroed):
+            T = type(layers[0]).carried(old[i], _column(layers, "redrawn", i)) if i < len(old) else None
+            if T is None:
+                reset(merged, first_moments_only=True)
+            else:
+                reset.carry(merged & ~broken, T)
 
     def _look(self) -> None:
         """Now and then, whether merges are skipped: a training that quietly stops merging learns nothing more."""
@@ -423,6 +437,11 @@ class _Tie:
 
     def __reduce__(self) -> tuple[type, tuple]:
         return _Tie, ()
+
+
+def _column(layers: Sequence[P4Layer], name: str, i: int) -> Tensor:
+    """The i-th of these parameters of every layer, (len(layers), ...), as they are now."""
+    return torch.stack([getattr(layer, name)[i].detach() for layer in layers])
 
 
 def _p4_layers(model: nn.Module) -> dict[str, P4Layer]:
