@@ -41,7 +41,7 @@ class InvertibleLinear(Tracked, P4Layer):
         init: the A and W to start from, as in :class:`p4flows.P4Inv`.
         seed: of the first directions Q, and of ``init="orthogonal"``.
         rank: k, the rank that A follows with in one update, 1 <= k <= n; by default 16, and 32 or n up to n = 128.
-            While the weight is more than 2 % ahead there are up to four updates in one step.
+            While the weight is more than 2 % ahead (10 % above n = 128) there are up to four updates in one step.
         bounds_update: (low, high) for ln σ of the singular values σ of the capacitance of an update. Outside, a half, a
             quarter or an eighth of the update is taken, or it is skipped; nothing is lost, as the rest stays in E.
         bounds_det: the same for ln|det A|; there is none by default.
@@ -169,8 +169,8 @@ class InvertibleLinear(Tracked, P4Layer):
     def lag(self) -> Tensor:
         """``‖W - A‖ / ‖A‖`` in Frobenius norms, () in float64: how far A is behind the weight.
 
-        It is kept near 2 % by more than one update in a step where that is needed; if it grows beyond a tenth, raise
-        the rank or lower the learning rate.
+        It is kept near 2 % (10 % above n = 128) by more than one update in a step where that is needed. If it grows
+        much beyond, raise the rank or lower the learning rate.
         """
         A = self.tracked.exact[0]
         return torch.linalg.matrix_norm(self.weight.double() - A) / torch.linalg.matrix_norm(A)

@@ -39,6 +39,9 @@ __all__ = [
 ]
 
 
+_BLOCK = 128
+
+
 def matrix_vector(M: Tensor, u: Tensor) -> Tensor:
     """``M u`` for M (m, n) and u (n), or of a few vectors as rows u (p, n). Cost one pass over M."""
     parts = _parts(M)
@@ -123,8 +126,17 @@ def perturbed_inverse_product(A_inv: Tensor, V: Tensor, W: Tensor, C: Tensor, y:
     return z - t @ W.mT
 
 
-def low_rank_update_(M: Tensor, L: Tensor, R: Tensor) -> Tensor:
-    """``M += L R`` in place, for M (b, n, m), L (b, n, k), R (b, k, m), without a temporary of M's size."""
+def low_rank_update_(M: Tensor, L: Tensor, R: Tensor, rounded: Tensor | None = None) -> Tensor:
+    """``M += L R`` in place, for M (b, n, m), L (b, n, k), R (b, k, m), without a temporary of M's size.
+
+    With ``rounded`` (n, m), of lower precision, the one M (b = 1) is copied to it on the way.
+    """
+    if rounded is not None:
+        # On a CPU a block of rows is still in the cache when it is rounded.
+        rows = _BLOCK if M.is_cpu else len(rounded)
+        for m, l, target in zip(M[0].split(rows), L[0].split(rows), rounded.split(rows), strict=True):
+            target.copy_(low_rank_update_(m[None], l[None], R)[0])
+        return M
     if L.shape[-1] > 1:
         return M.baddbmm_(L, R) if len(M) > 1 else M[0].addmm_(L[0], R[0])[None]
     return M.addcmul_(L, R) if len(M) > 1 else M[0].addr_(L[0, :, 0], R[0, 0])[None]

@@ -23,8 +23,10 @@ __all__ = ["follow_"]
 # Parts of an update that are tried where the whole is not sane; the rest stays in E.
 _PARTS = (0.5, 0.25, 0.125)
 
-# A follows by up to four updates at a time while ‖W - A‖ is more than 2 % of ‖A‖, as estimated from four vectors.
-_ROUNDS, _NEAR, _PROBES = 4, 0.02, 4
+# A follows by up to four updates at a time while ‖W - A‖ is more than 2 % of ‖A‖, as estimated from four vectors; 10 %
+# for wide matrices, which training moves by less in a step, and for which an update is a good part of the step.
+_ROUNDS, _NEAR, _NEAR_WIDE, _PROBES = 4, 0.02, 0.1, 4
+_WIDE = 128
 
 
 @torch.no_grad()
@@ -36,8 +38,9 @@ def follow_(state: Matrices, *, force: bool, bounds_update: Bounds, bounds_det: 
     """
     options = {"force": force, "bounds_update": bounds_update, "bounds_det": bounds_det}
     first, lag = _update(state, **options)
+    near = _NEAR_WIDE if state.A.shape[-1] > _WIDE else _NEAR
     for _ in range(1, _ROUNDS):
-        if not ((lag > _NEAR) & (first == MergeOutcome.MERGED)).any():
+        if not ((lag > near) & (first == MergeOutcome.MERGED)).any():
             break
         _, lag = _update(state, **options)
     state.store("directions")

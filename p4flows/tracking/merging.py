@@ -89,11 +89,11 @@ def update_(state: Matrices, accepted: Tensor, U: Tensor, V: Tensor, W: Tensor, 
     """``A += U Vᵀ``, ``A⁻¹ -= W K`` and the determinant, in place, where ``accepted`` (L,)."""
     if not accepted.is_cpu or not accepted.all():
         U, W, K = (torch.where(accepted[:, None, None], M, 0) for M in (U, W, K))
-    algebra.low_rank_update_(state.A, U, V.mT)
-    algebra.low_rank_update_(state.A_inv, -W, K)
+    state.add("A", U, V.mT)
+    state.add("A_inv", -W, K)
     state.sign.mul_(torch.where(accepted, found.sign_G, 1))
     state.logabsdet.add_(torch.where(accepted, found.log_G, 0))
-    state.store("A", "A_inv", "sign", "logabsdet")
+    state.store("sign", "logabsdet")
 
 
 def _directions_within(C: Tensor, C_inv: Tensor, log_G: Tensor, bounds: Bounds) -> Tensor:
