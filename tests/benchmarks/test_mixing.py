@@ -46,12 +46,13 @@ def test_swaps(monkeypatch, tmp_path):
         assert row["validation"] <= row["last_validation"] + 1e-9
         assert row["step"] <= row["steps"] == 20
         # The grid is bracketed: so short a training takes all the learning rate that it can get.
-        rate = row["net_rate" if mix in fixed else "mix_rate"]
-        assert row["tried"][f"{rate:g}"] == min(row["tried"].values()) == row["validation"]
-        assert len(row["tried"]) == 5
+        tried = {"net_rate": row["tried"]} if mix in fixed else row["tried"]
+        for option, found in tried.items():
+            assert found[f"{row[option]:g}"] == min(found.values()) >= row["validation"]
+        assert min(tried["net_rate"].values()) == row["validation"]
+        assert len(tried["net_rate" if mix in fixed else "mix_rate"]) == 5
         assert ("equal_time" in row) == (mix in learned)
         assert row.get("equal_time", row)["steps"] <= row["steps"]
-    assert rows["InvertibleLinear"]["net_rate"] == rows["reversed"]["net_rate"]
     # After 20 steps matrices are far ahead of permutations, and a perturbation of full rank of one of rank 1.
     test = {mix: row["test"] for mix, row in rows.items()}
     assert max(test[mix] for mix in ("LU", "dense", "P4Inv", "InvertibleLinear")) < test["P4Inv, rank 1"]
