@@ -41,7 +41,7 @@ def run(args: Namespace) -> dict[str, Any]:
         {"n": _WIDTHS[setting["data"]], **setting, **result} for setting, result in zip(settings, measured, strict=True)
     ]
     results = {"rows": rows, "claims": claims(rows)}
-    print(f"{save('perturbation', results, args.out)}\n{table(results)}")
+    print(f"{save('perturbation', results, args.out)}\n{claims_table(results)}\n\n{table(results)}")
     return results
 
 
@@ -86,4 +86,4 @@ def table(results: dict[str, Any]) -> str:
         name = mix if rank is None else f"P4Inv, rank {rank}"
         cells = {row["mix_rate"]: f"{row['validation'] / n:.3f}" for row in here}
         lines.append(f"| {n} | {name} | {' | '.join(cells[rate] for rate in rates)} |")
-    return f"{claims_table(results)}\n\n" + "\n".join(lines)
+    return "\n".join(lines)

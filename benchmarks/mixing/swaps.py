@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.harness.claims import table as claims_table
 from benchmarks.harness.environment import save
 from benchmarks.harness.parts import part
 from benchmarks.harness.pool import pool_of
@@ -110,7 +111,7 @@ def run(args: Namespace) -> dict[str, Any]:
     times = [{"data": data, "couplings": n, "times": found} for (data, n), found in relative.items()]
     results = {"rows": rows, "relative_times": times, "claims": claims(rows)}
     path = save("swaps", results, args.out)
-    print(f"{path}\n{draw(rows, args.out / 'swaps.png')}\n{table(results)}")
+    print(f"{path}\n{draw(rows, args.out / 'swaps.png')}\n{claims_table(results)}\n\n{table(results)}")
     return results
 
 

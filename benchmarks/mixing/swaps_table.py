@@ -6,13 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.claims import table as claims_table
-
 __all__ = ["by_row", "table"]
 
 
 def table(results: dict[str, Any]) -> str:
-    """The claims, and the test NLL at equal steps, mean ± deviation over seeds; after the slash at equal time."""
+    """The test NLL at equal steps, mean ± deviation over seeds; after the slash at equal time."""
     rows = results["rows"]
     mixes = list(dict.fromkeys(row["mix"] for row in rows))
     lines = [f"| data | couplings | seeds | {' | '.join(mixes)} |", "|---|---:|---:|" + "---:|" * len(mixes)]
@@ -31,7 +29,7 @@ def table(results: dict[str, Any]) -> str:
         cells[best] = f"**{cells[best]}**"
         seeds = max(map(len, found.values()))
         lines.append(f"| {data} | {couplings} | {seeds} | {' | '.join(cells.get(mix, '–') for mix in mixes)} |")
-    return f"{claims_table(results)}\n\n" + "\n".join(lines)
+    return "\n".join(lines)
 
 
 def by_row(rows: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, np.ndarray]]:
