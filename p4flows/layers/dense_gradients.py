@@ -32,7 +32,7 @@ def _map(function: type[Function], plain: Any, weight: Tensor, bias: Tensor | No
     if not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     ):
-        return plain(weight, bias, x, *frozen)
+        return on_rows(lambda rows: plain(weight, bias, rows, *frozen), x)
     if torch.is_autocast_enabled(x.device.type):
         # The products with a batch are made in this precision, what belongs to log|det| in that of the layer.
         x = x.to(torch.get_autocast_dtype(x.device.type))

@@ -68,7 +68,7 @@ def on_rows(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> t
     if x.ndim == 2:
         return function(x)
     y, logabsdet = function(x.reshape(-1, x.shape[-1]))
-    return y.view(x.shape), logabsdet.view(x.shape[:-1])
+    return y.reshape(x.shape), logabsdet.reshape(x.shape[:-1])
 
 
 def expand(logabsdet: Tensor, rows: Tensor) -> Tensor:

@@ -162,4 +162,3 @@ def test_width_one_and_its_neighbours_merge_as_numbers_do(name):
     if n == 1:
         torch.testing.assert_close(layer.A.item(), 2.0)
         torch.testing.assert_close(layer.A_inv.item(), 0.5)
-
