@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from p4flows.checks import Bounds, bounds, flag, floating, integer, move
-from p4flows.layers.dense_gradients import forward_map, inverse_map
+from p4flows.layers.dense_gradients import forward_map, inverse_map, straight_through
 from p4flows.layers.export import as_linear
 from p4flows.layers.tracked import Tracked
 from p4flows.perturbation import MergeOutcome, P4Layer
@@ -134,7 +134,7 @@ class InvertibleLinear(Tracked, P4Layer):
     @property
     def matrix(self) -> Tensor:
         """A, (n, n), with gradients that go to the weight. For tests, plots and export."""
-        return self.A + (self.weight - self.weight.detach())
+        return straight_through(self.weight, self.A)
 
     @property
     def matrix_double(self) -> Tensor:
@@ -161,7 +161,9 @@ class InvertibleLinear(Tracked, P4Layer):
     @property
     def logabsdet(self) -> Tensor:
         """ln|det A|, () in float64, with gradients that go to the weight."""
-        _, found = self.forward(self.A.new_zeros(1, self.features))
+        frozen = self.tracked
+        row = self.A.new_zeros(1, self.features)
+        _, found = forward_map(self.weight, None, row, frozen.A, frozen.A_inv, frozen.logabsdet)
         return self.logabsdet_A + (found - found.detach())[0]
 
     @property

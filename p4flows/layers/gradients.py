@@ -68,7 +68,7 @@ def on_rows(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> t
     if x.ndim == 2:
         return function(x)
     y, logabsdet = function(x.reshape(-1, x.shape[-1]))
-    return y.view(x.shape), logabsdet.view(x.shape[:-1])
+    return y.reshape(x.shape), logabsdet.reshape(x.shape[:-1])
 
 
 def expand(logabsdet: Tensor, rows: Tensor) -> Tensor:
@@ -224,6 +224,9 @@ def _plain_capacitance(A_inv, U, V, x):
 def differentiable(plain: Callable, ctx: Any, inputs: tuple, gradients: tuple) -> tuple:
     """The gradients once more, by autograd on the plain operations, where they are to be differentiated again."""
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+    # Inputs may depend on each other, as where a layer is applied twice; what is wanted are derivatives at this place
+    # alone, with respect to each input by itself.
+    inputs = [T.view_as(T) if isinstance(T, Tensor) and T.requires_grad else T for T in inputs]
     # An output that depends on nothing that is trained, such as a constant log|det|, has no derivative.
     outputs = [(out, g) for out, g in zip(plain(*inputs), gradients, strict=True) if out.requires_grad]
     found = torch.autograd.grad(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from p4flows.layers.inputs import require_floating
 from p4flows.tracking.correction import correct_, drifted_
 from p4flows.tracking.group import Group
 from p4flows.tracking.matrix import TrackedMatrix
@@ -90,8 +91,7 @@ class Tracked:
 
     def _check(self, x: Tensor, leading: Sequence[int] = ()) -> None:
         A = self.tracked.A
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise ValueError(f"input: expected a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        require_floating(x)
         if x.device != A.device:
             raise ValueError(f"input: expected device {A.device} as the layer's, got {x.device}")
         lead = len(leading)

@@ -28,7 +28,8 @@ _ROUNDING_NOTICED, _ROUNDING_LARGE = 250, 80_000
 @lru_cache(maxsize=16)
 def _probes(n: int, device: torch.device) -> Tensor:
     # Always the same ones, so that every process and every resumed run takes the same decision.
-    return torch.randn(_PROBES, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).to(device)
+    generator = torch.Generator("cpu").manual_seed(n)
+    return torch.randn(_PROBES, n, dtype=torch.float64, generator=generator, device="cpu").to(device)
 
 
 @torch.no_grad()
