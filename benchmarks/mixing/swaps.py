@@ -35,11 +35,13 @@ _ROUNDS = 60
 class Problem:
     """Data and training; ``couplings`` says for how many of them, and with how many seeds.
 
-    Learning rates are chosen with up to ``searched`` couplings; deeper flows take those of ``searched``.
+    Learning rates are chosen with up to ``searched`` couplings; deeper flows take those of ``searched``. With more than
+    ``nets_searched`` the networks beside a learned mix keep 0.001.
     """
 
     couplings: dict[int, int]
     searched: int = 8
+    nets_searched: int = 8
     steps: int = 400
     batch: int = 128
     hidden: int = 32
@@ -62,7 +64,7 @@ PROBLEMS = {
     "image-patches": Problem({2: 3, 4: 3, 8: 2, 16: 1}),
     "breast-cancer": Problem({2: 3, 4: 3, 8: 2, 16: 1}),
     # The nets of the paper; 50 couplings are its flow.
-    "alanine-dipeptide": Problem({2: 2, 8: 2, 16: 1, 50: 1}, steps=1_000, batch=256, hidden=60),
+    "alanine-dipeptide": Problem({2: 2, 8: 1, 16: 1, 50: 1}, nets_searched=2, steps=1_000, batch=256, hidden=60),
 }
 
 
@@ -91,7 +93,7 @@ def run(args: Namespace) -> dict[str, Any]:
                 base = {"data": data, "couplings": n, "frames": frames}
                 base |= {name: getattr(problem, name) for name in ("steps", "batch", "hidden")}
                 if n <= problem.searched:
-                    rates[n] = _choose_rates(pool, args.kept, base)
+                    rates[n] = _choose_rates(pool, args.kept, base, n <= problem.nets_searched)
                 chosen = rates[max(c for c in rates if c <= problem.searched)]
                 settings = [
                     {**base, **MIXES[mix], "seed": seed, **chosen[mix]["rates"]}
@@ -115,11 +117,11 @@ def run(args: Namespace) -> dict[str, Any]:
     return results
 
 
-def _choose_rates(pool: Executor, folder: Path, base: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _choose_rates(pool: Executor, folder: Path, base: dict[str, Any], nets: bool) -> dict[str, dict[str, Any]]:
     """For every mix the learning rates with the lowest validation NLL of seed 0, and what was tried.
 
     With a permutation there is that of the networks. For a learned mix that of the mix is chosen first, with 0.001 for
-    the networks, and then that of the networks.
+    the networks, and then that of the networks if ``nets``.
     """
     name = f"{base['data']}, {base['couplings']} couplings"
     fixed = {mix: {**base, **MIXES[mix], "seed": 0} for mix in _FIXED}
@@ -128,6 +130,10 @@ def _choose_rates(pool: Executor, folder: Path, base: dict[str, Any]) -> dict[st
     first = _search(pool, folder, learned, "mix_rate", f"{name}, mixes")
     for mix in _LEARNED:
         learned[mix] |= first[mix]["rates"]
+    if not nets:
+        return chosen | {
+            mix: {**first[mix], "rates": {**first[mix]["rates"], "net_rate": _RATES[0]}} for mix in _LEARNED
+        }
     second = _search(pool, folder, learned, "net_rate", f"{name}, networks of mixes", beyond=False)
     for mix in _LEARNED:
         tried = {"mix_rate": first[mix]["tried"], "net_rate": second[mix]["tried"]}
