@@ -134,6 +134,9 @@ def test_bounds_of_appendix_a(G, options, outcome):
         ((1e4, 1e-4), {"bounds_update": (-10.0, None)}, MergeOutcome.MERGED),
         ((1e4, 1e-4), {"bounds_update": (None, 7.0)}, MergeOutcome.SKIPPED_UPDATE),
         ((1e4, 1e-4), {"bounds_update": (None, None)}, MergeOutcome.MERGED),
+        ((0.9, 0.9), {"bounds_update": (-0.2, 0.2)}, MergeOutcome.MERGED),
+        ((0.9, 0.7), {"bounds_update": (-0.2, 0.2)}, MergeOutcome.SKIPPED_UPDATE),
+        ((1.3, 0.9), {"bounds_update": (-0.2, 0.2)}, MergeOutcome.SKIPPED_UPDATE),
         ((10.0, 10.0), {"bounds_det": (None, 4.0)}, MergeOutcome.SKIPPED_DETERMINANT),
     ],
 )
@@ -429,6 +432,19 @@ def test_wrong_arguments(arguments, message):
 def test_wrong_order():
     with pytest.raises(ValueError, match="order: expected 2, 3, 7 or None, got 5"):
         P4Inv(2).correct(5)
+
+
+@pytest.mark.parametrize("k", [2, 5, 64])
+@pytest.mark.parametrize("scale", [1e-100, 1.0, 1e100])
+def test_the_largest_singular_value(k, scale):
+    M = torch.randn(20, k, k, dtype=torch.float64)
+    M[0], M[1], M[2] = torch.eye(k), matrix(k), torch.diag(torch.arange(k))
+    exact = torch.linalg.svdvals(M)[:, 0].log() + math.log(scale)
+    excess = algebra.log_spectral_norm(scale * M) - exact
+    assert excess.min() > -1e-9
+    assert excess.max() < math.log(k) / 256 + 1e-9
+    M[3, 0, 1], M[4] = math.nan, math.inf
+    assert not (algebra.log_spectral_norm(M)[3:5] <= math.inf).any()
 
 
 @pytest.mark.parametrize("n", [1024, 1025, 1032])
