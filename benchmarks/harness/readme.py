@@ -24,6 +24,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "cost": ("speed.cost",),
     "merge": ("speed.merge",),
     "step": ("speed.step",),
+    "layer": ("harness.claims", "speed.layer"),
     "drift": ("harness.claims", "numerics.drift"),
     "mnist": ("harness.claims", "paper.mnist"),
     "perturbation": ("harness.claims", "mixing.perturbation"),
