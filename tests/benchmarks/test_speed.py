@@ -41,7 +41,7 @@ def test_layer(monkeypatch, tmp_path):
     ]
     assert all(set(row["ms"]) == set(layer.METHODS) and min(row["ms"].values()) > 0 for row in results["rows"])
     assert 0 < results["following"]["share"] < 1
-    fast = {name: 10.0 for name in layer.METHODS} | {"InvertibleLinear": 20.0, "dense": 300.0, "nflows LULinear": 90.0}
+    fast = dict.fromkeys(layer.METHODS, 10.0) | {"InvertibleLinear": 20.0, "dense": 300.0, "nflows LULinear": 90.0}
     rows = [{"n": n, "both_directions": both, "ms": fast} for n in (1024, 4096) for both in (False, True)]
     held = [row["holds"] for row in layer.claims({"rows": rows, "following": {"share": 0.3}})]
     assert held == [True, True, True, True, True, False]
