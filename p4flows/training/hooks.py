@@ -7,12 +7,16 @@ the first scheduler is made, and hold weak references only.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from p4flows.training.optimizers import inside
 
 __all__ = ["Watcher", "watch", "watchers"]
 
@@ -20,19 +24,33 @@ __all__ = ["Watcher", "watch", "watchers"]
 class Watcher(Protocol):
     """Whoever wants to be told of optimizer steps."""
 
-    def concerns(self, optimizer: torch.optim.Optimizer) -> bool:
+    def concerns(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer steps on anything that this watcher cares for."""
 
-    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Called before each such step."""
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Called once in each such step, when the gradients are there that the innermost optimizer will use."""
 
-    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Called after each such step: once, and by the innermost, where an optimizer calls another's step."""
+    def after_step(self, optimizers: list[Optimizer]) -> None:
+        """Called once after each such step, when all is done.
+
+        Where optimizers call the steps of others, these are all that stepped, the outermost first.
+        """
+
+
+class _Step:
+    """A step that is being taken, and what it means to whom."""
+
+    def __init__(self, optimizer: Optimizer, concerned: Iterable[Watcher]) -> None:
+        # Weak, as a step that raises leaves its entry behind until the thread's next step.
+        self.optimizer = weakref.ref(optimizer)
+        self.concerned = weakref.WeakSet(concerned)
+        self.told: weakref.WeakSet[Watcher] = weakref.WeakSet()
+        self.inner: list[tuple[weakref.ref[Optimizer], weakref.WeakSet[Watcher]]] = []
 
 
 _watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
 _lock = threading.Lock()
-_running = threading.local()  # the optimizers that are stepping in this thread, the outermost first
+_thread = threading.local()  # its ``steps`` are those that are being taken in this thread, the outermost first
 _registered = False
 
 
@@ -55,27 +73,71 @@ def watchers() -> list[Watcher]:
 
 # Merges must not be traced: they change what the graph was made of.
 @torch.compiler.disable
-def _before(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    stack = _running.__dict__.setdefault("stack", [])
-    # A step that raised has left its entry behind.
-    del stack[next((i for i, (other, _) in enumerate(stack) if other is optimizer), len(stack)) :]
-    concerned = [watcher for watcher in watchers() if watcher.concerns(optimizer)]
-    for watcher in concerned:
-        if not stack:
-            watcher.before_step(optimizer)
-    stack.append((optimizer, concerned))
+def _before(optimizer: Optimizer, arguments: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    outer = _enclosing(optimizer)
+    step = _Step(optimizer, (watcher for watcher in watchers() if watcher.concerns(optimizer)))
+    _thread.steps = [*outer, step]
+    if inside(optimizer):  # it will call the step of that one
+        return None
+    step.told.update(watcher for watcher in step.concerned if not any(watcher in each.told for each in outer))
+    if not step.told:
+        return None
+    closure = arguments[1] if len(arguments) > 1 else options.get("closure")
+    if not callable(closure):
+        _tell(step, optimizer)
+        return None
+    closure = _telling(step, optimizer, closure)
+    if len(arguments) > 1:
+        return (arguments[0], closure, *arguments[2:]), options
+    return arguments, {**options, "closure": closure}
+
+
+def _telling(step: _Step, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+    # The gradients of this step are made by the closure.
+    def closure_and_tell() -> Any:
+        loss = closure()
+        _tell(step, optimizer)
+        return loss
+
+    return closure_and_tell
 
 
 @torch.compiler.disable
-def _after(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    stack = _running.__dict__.setdefault("stack", [])
-    concerned = []
-    while stack:
-        other, concerned = stack.pop()
-        if other is optimizer:
-            break
-    for watcher in concerned:
-        watcher.after_step(optimizer)
-        for _, outer in stack:
-            if watcher in outer:
-                outer.remove(watcher)  # it has been told of this step
+def _tell(step: _Step, optimizer: Optimizer) -> None:
+    for watcher in list(step.told):
+        watcher.before_step(optimizer)
+
+
+@torch.compiler.disable
+def _after(optimizer: Optimizer, *_: object) -> None:
+    step = next((each for each in reversed(_steps()) if each.optimizer() is optimizer), None)
+    outer = _thread.steps = _enclosing(optimizer)
+    if step is None:
+        return
+    stepped = [*step.inner, (step.optimizer, step.concerned)]
+    if outer:
+        outer[-1].inner += stepped
+    for watcher in list(step.concerned):
+        if not any(watcher in each.concerned for each in outer):
+            found = [reference() for reference, concerned in stepped if watcher in concerned]
+            watcher.after_step([each for each in reversed(found) if each is not None])
+
+
+def _steps() -> list[_Step]:
+    return _thread.__dict__.get("steps", [])
+
+
+def _enclosing(optimizer: Optimizer) -> list[_Step]:
+    """The steps of other optimizers that this thread is in, without those that have raised and so never ended."""
+    steps = _steps()
+    own = next((i for i, step in enumerate(steps) if step.optimizer() is optimizer), len(steps))
+    steps = steps[:own]
+    if not steps:
+        return []
+    running = set()
+    frame = sys._getframe(2)
+    while frame is not None:
+        if "self" in frame.f_code.co_varnames and isinstance(found := frame.f_locals.get("self"), Optimizer):
+            running.add(id(found))
+        frame = frame.f_back
+    return [step for step in steps if id(step.optimizer()) in running]
