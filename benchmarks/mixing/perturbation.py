@@ -25,12 +25,16 @@ _RATES = (1e-3, 3e-3, 8e-3, 2e-2)
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="20 steps and two widths, to see that everything runs")
+    parser.add_argument(
+        "--widths", type=int, nargs="+", choices=list(_WIDTHS.values()), default=list(_WIDTHS.values()), help="n"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="flows trained at a time, on one thread each")
 
 
 def run(args: Namespace) -> dict[str, Any]:
     settings = []
-    for data, n in list(_WIDTHS.items())[: 2 if args.quick else None]:
+    widths = [30, 64] if args.quick else args.widths
+    for data, n in ((data, n) for data, n in _WIDTHS.items() if n in widths):
         flow = {**_FLOW, "data": data, "steps": 20 if args.quick else _STEPS[n]}
         settings.append({**flow, "mix": "reversed"})
         settings += [{**flow, "mix": mix, "mix_rate": rate} for mix in ("dense", "InvertibleLinear") for rate in _RATES]
