@@ -16,9 +16,10 @@ PERMUTATION = torch.tensor([2, 0, 1, 5, 3, 4])
 
 
 def matrix(n: int, seed: int = 0) -> Tensor:
-    """A well-conditioned matrix with a negative determinant."""
-    generator = torch.Generator().manual_seed(seed)
-    M = torch.eye(n, dtype=torch.float64) + 0.3 * torch.randn(n, n, generator=generator, dtype=torch.float64)
+    """The identity and noise, with the first row turned around."""
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(seed)
+        M = torch.eye(n, dtype=torch.float64) + 0.3 * torch.randn(n, n, generator=generator, dtype=torch.float64)
     M[0] *= -1
     return M
 
@@ -36,7 +37,7 @@ def _layer(cls: type, **options) -> Callable[..., nn.Module]:
 
 
 def _permutation(n: int) -> Tensor:
-    return PERMUTATION if n == N else torch.arange(n).roll(1)
+    return PERMUTATION if n == N else torch.arange(n, device="cpu").roll(1)
 
 
 def _activation(cls: type) -> Callable[..., nn.Module]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.nn.functional import linear
 
+from p4flows.layers.autocast import autocasting
 from p4flows.layers.gradients import differentiable, expand, on_rows
 
 __all__ = ["forward_map", "inverse_map", "straight_through"]
@@ -33,7 +34,7 @@ def _map(function: type[Function], plain: Any, weight: Tensor, bias: Tensor | No
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     ):
         return on_rows(lambda rows: plain(weight, bias, rows, *frozen), x)
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasting(x):
         # The products with a batch are made in this precision, what belongs to log|det| in that of the layer.
         x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if bias is None else bias.to(x.dtype)

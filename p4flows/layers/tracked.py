@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from p4flows.layers.autocast import autocasting
 from p4flows.layers.inputs import require_floating
 from p4flows.tracking.correction import correct_, drifted_
 from p4flows.tracking.group import Group
@@ -98,7 +99,7 @@ class Tracked:
         if x.ndim <= lead or x.shape[-1] != self.features or x.shape[:lead] != torch.Size(leading):
             expected = ", ".join([*map(str, leading), "...", str(self.features)])
             raise ValueError(f"input: expected shape ({expected}), got {tuple(x.shape)}")
-        if x.dtype != A.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != A.dtype and not autocasting(x):
             raise ValueError(f"input: expected dtype {A.dtype} as the layer's, got {x.dtype}")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
