@@ -9,9 +9,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from p4flows.checks import flag
+from p4flows.checks import flag, integer
+from p4flows.layers.dense import InvertibleLinear
+from p4flows.layers.invertible import P4Inv
 
-__all__ = ["Place", "capped", "chosen", "equivalent", "foreign", "name", "places", "put", "warn"]
+__all__ = [
+    "Place",
+    "arguments",
+    "capped",
+    "check_contains",
+    "classes",
+    "equivalent",
+    "foreign",
+    "name",
+    "places",
+    "put",
+    "warn",
+]
 
 
 class Place(NamedTuple):
@@ -49,13 +63,28 @@ def put(found: Iterable[Place], make: Callable[[nn.Module, int], nn.Module]) -> 
     return len(new)
 
 
-def chosen(argument: str, given: Any, classes: Mapping[type, type]) -> type:
-    """The plug-in's class for a class of the package or of the plug-in; ValueError for another."""
-    made = classes.get(given) if isinstance(given, type) else None
+def classes(p4inv: type, dense: type) -> dict[type, type]:
+    """A plug-in's two classes, by themselves and by the classes of the package that they are made of."""
+    return {P4Inv: p4inv, p4inv: p4inv, InvertibleLinear: dense, dense: dense}
+
+
+def arguments(
+    known: Mapping[type, type], given: Any, rank: int | None, seed: int, argument: str = "layer"
+) -> tuple[type, int | None, int]:
+    """The plug-in's class for what is given as ``argument``, the rank and the seed; ValueError for wrong ones."""
+    rank, seed = None if rank is None else integer("rank", rank, 1), integer("seed", seed)
+    made = known.get(given) if isinstance(given, type) else None
     if made is None:
-        names = " or ".join(dict.fromkeys(cls.__name__ for cls in classes.values()))
+        names = " or ".join(dict.fromkeys(cls.__name__ for cls in known.values()))
         raise ValueError(f"{argument}: expected {names}, got {given!r}")
-    return made
+    return made, rank, seed
+
+
+def check_contains(argument: str, given: Any, expected: str, kinds: type | tuple[type, ...]) -> None:
+    """ValueError unless what is given can contain modules of these kinds; one of them alone has no place for it."""
+    if not isinstance(given, nn.Module) or isinstance(given, kinds):
+        what = f"a {name(given)} itself" if isinstance(given, nn.Module) else repr(given)
+        raise ValueError(f"{argument}: expected {expected}, got {what}")
 
 
 def capped(rank: int | None, features: int) -> int | None:

@@ -13,7 +13,7 @@ from p4flows.layers.activations import BentIdentity
 from p4flows.layers.dense import InvertibleLinear
 from p4flows.layers.invertible import P4Inv
 
-__all__ = ["SWAPS", "BentIdentityFlow", "InvertibleLinearFlow", "InvertibleSwap", "P4InvFlow", "P4InvSwap"]
+__all__ = ["BentIdentityFlow", "InvertibleLinearFlow", "InvertibleSwap", "P4InvFlow", "P4InvSwap"]
 
 
 class _OneChannel:
@@ -119,13 +119,6 @@ class InvertibleSwap(_Swap, InvertibleLinear, Flow):
     >>> y0.tolist(), y1.tolist()
     ([[2.0, 3.0]], [[1.0]])
     """
-
-
-SWAPS: dict[type, type] = {
-    **{P4Inv: P4InvSwap, P4InvSwap: P4InvSwap},
-    **{InvertibleLinear: InvertibleSwap, InvertibleSwap: InvertibleSwap},
-}
-"""The swap for a class of the package or of this module."""
 
 
 def _concatenate(channels: tuple[Tensor, ...], dim0: int, dim1: int) -> Tensor:

@@ -10,10 +10,12 @@ from bgflow import BoltzmannGenerator, ConditionalSplineTransformer, SwapFlow
 from torch import Tensor, nn
 
 from p4flows import surgery
-from p4flows.bgflow.flows import SWAPS, P4InvSwap
-from p4flows.checks import choice, integer, items
+from p4flows.bgflow.flows import InvertibleSwap, P4InvSwap
+from p4flows.checks import choice, items
 
 __all__ = ["replace_swaps"]
+
+_SWAPS = surgery.classes(P4InvSwap, InvertibleSwap)
 
 
 def replace_swaps(
@@ -60,12 +62,10 @@ def replace_swaps(
             is replaced.
     """
     choice("init", init, ("swap", "reverse"))
-    rank, seed = None if rank is None else integer("rank", rank, 1), integer("seed", seed)
-    make = surgery.chosen("swap", swap, SWAPS)
+    make, rank, seed = surgery.arguments(_SWAPS, swap, rank, seed, "swap")
     if isinstance(flow, BoltzmannGenerator):
         raise ValueError("flow: expected a flow, got a BoltzmannGenerator: pass its flow, generator.flow")
-    if not isinstance(flow, nn.Module) or isinstance(flow, SwapFlow):
-        raise ValueError(f"flow: expected a flow that contains SwapFlows, got a {type(flow).__name__} itself")
+    surgery.check_contains("flow", flow, "a flow that contains SwapFlows", SwapFlow)
     inputs = (example,) if isinstance(example, Tensor) else example
     items("example", inputs, "one or more tensors", lambda x: isinstance(x, Tensor) and x.is_floating_point())
 

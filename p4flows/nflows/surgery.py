@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from p4flows import surgery
-from p4flows.checks import flag, integer
-from p4flows.nflows.layers import LAYERS, P4InvLinear
+from p4flows.checks import flag
+from p4flows.nflows.layers import InvertibleLinear, P4InvLinear
 from p4flows.nflows.recognition import (
     IMAGE_LAYERS,
     LINEAR,
@@ -24,6 +24,8 @@ from p4flows.nflows.recognition import (
 )
 
 __all__ = ["replace_permutations"]
+
+_LAYERS = surgery.classes(P4InvLinear, InvertibleLinear)
 
 
 def replace_permutations(
@@ -77,9 +79,8 @@ def replace_permutations(
     >>> replace_permutations(transform)
     2
     """
-    rank, seed = None if rank is None else integer("rank", rank, 1), integer("seed", seed)
+    make, rank, seed = surgery.arguments(_LAYERS, layer, rank, seed)
     names = (*PERMUTATIONS, *(LINEAR if flag("linear", linear) else ()))
-    make = surgery.chosen("layer", layer, LAYERS)
     if example is not None and not isinstance(example, Tensor):
         raise ValueError(f"example: expected a batch of inputs, got {type(example).__name__}")
     if not isinstance(flow_or_transform, nn.Module):

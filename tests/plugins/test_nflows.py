@@ -223,6 +223,7 @@ def test_an_error_leaves_the_flow_as_it_was():
     modules = list(flow.modules())
     with pytest.raises(ValueError, match="bias: expected True, since a LULinear has a bias"):
         replace_permutations(flow, linear=True, bias=False)
+    assert list(flow.modules()) == modules
     with pytest.raises(TypeError, match="unknown"):
         replace_permutations(flow, linear=True, unknown=1)
     with pytest.raises(ValueError, match=r"layer: expected P4InvLinear or InvertibleLinear, got <.*\.Linear"):
