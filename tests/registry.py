@@ -108,8 +108,20 @@ except ImportError:
 else:
     BGFLOW = True
     LAYERS["bgflow.P4InvFlow"] = _layer(p4flows.bgflow.P4InvFlow, rank=2)
+    LAYERS["bgflow.InvertibleLinearFlow"] = _layer(p4flows.bgflow.InvertibleLinearFlow, init=_permutation)
     LAYERS["bgflow.BentIdentityFlow"] = _activation(p4flows.bgflow.BentIdentityFlow)
     LAYERS["bgflow.P4InvSwap"] = lambda n=N, **more: p4flows.bgflow.P4InvSwap(n // 3, n - n // 3, **{"seed": 7, **more})
+    LAYERS["bgflow.InvertibleSwap"] = lambda n=N, **more: p4flows.bgflow.InvertibleSwap(
+        n // 3, n - n // 3, **{"seed": 7, **more}
+    )
+
+try:
+    import p4flows.normflows
+except ImportError:
+    pass
+else:
+    LAYERS["normflows.P4InvLinear"] = _layer(p4flows.normflows.P4InvLinear, rank=2)
+    LAYERS["normflows.InvertibleLinear"] = _layer(p4flows.normflows.InvertibleLinear, init=_permutation)
 
 CASES = [(name, n) for n in (N, 1) for name in LAYERS if n > 1 or "Swap" not in name]
 """Every layer at its usual width, and at width one, where a swap has nothing to swap."""
@@ -127,7 +139,7 @@ def invert(layer: nn.Module, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _flow(flow: nn.Module, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     channels = [x]
-    if isinstance(flow, p4flows.bgflow.P4InvSwap) and isinstance(x, Tensor):
+    if hasattr(flow, "dim0") and isinstance(x, Tensor):
         first = flow.dim1 if inverse else flow.dim0
         channels = [x[..., :first], x[..., first:]]
     *y, dlogp = flow(*channels, inverse=inverse)
