@@ -239,7 +239,7 @@ def test_a_dense_weight_goes_with_any_optimizer(kind):
 @pytest.mark.parametrize("layer", [P4Inv(N), InvertibleLinear(N)])
 def test_many_evaluations_within_a_step_are_refused(layer):
     optimizer = torch.optim.LBFGS([p for p in layer.parameters() if p.requires_grad])
-    with pytest.raises(ValueError, match="LBFGS evaluates the loss many times in a step.*max_iter=1"):
+    with pytest.raises(ValueError, match=r"LBFGS evaluates the loss many times in a step.*max_iter=1"):
         MergeScheduler(layer, optimizer)
 
 
