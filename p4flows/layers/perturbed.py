@@ -70,6 +70,11 @@ class PerturbedInverse(Tracked, LowRank, P4Layer):
         """The effective matrix in float64, (*batch, n, n), from what A is rounded from; not differentiable."""
         return self.tracked.exact[0] + self.U.detach().double() @ self.V.detach().mT.double()
 
+    @property
+    def trained_matrix(self) -> Tensor:
+        """What an average over training is an average of: :attr:`matrix_double`."""
+        return self.matrix_double
+
     @torch.no_grad()
     def set_matrix(self, M: Tensor) -> None:
         """Make M (*batch, n, n) the effective matrix: A = M, U = 0. Inverted in float64, O(n³).

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch import Tensor, nn
 from torch.optim import swa_utils
 
-from p4flows.layers.perturbed import PerturbedInverse
+from p4flows.layers.linear import P4Linear
 from p4flows.perturbation import P4Layer
 
 __all__ = ["AveragedModel"]
 
 
 class AveragedModel(swa_utils.AveragedModel):
-    """:class:`torch.optim.swa_utils.AveragedModel` for models with P4Inv layers: averages effective matrices.
+    """:class:`torch.optim.swa_utils.AveragedModel` for models with P4 layers: averages what they have learned.
 
     A, A_inv, U and V must not be averaged each by itself: the mean of inverses is not the inverse of the mean, and U
-    goes to zero at every merge. So torch's own class refuses models with trainable P4 layers (ValueError), and this one
-    averages ``A + U Vᵀ`` in float64, by the same ``avg_fn`` or ``multi_avg_fn``, and inverts the average. Everything
-    else is averaged as torch does it, and the arguments are torch's.
+    goes to zero at every merge. So this class averages the effective matrix ``A + U Vᵀ`` of a P4Inv, P4InvStack or
+    P4Linear, and the weight of an InvertibleLinear, in float64, by the same ``avg_fn`` or ``multi_avg_fn``, and inverts
+    the average. Everything else is averaged as torch does it, and the arguments are torch's.
+
+    Torch's own class refuses models with trainable P4 layers (ValueError), and so does what is built on it, such as
+    Lightning's ``WeightAveraging``. Tools that copy parameters one by one, such as ``torch_ema`` or Lightning's
+    ``StochasticWeightAveraging``, cannot be told: they average U and V, keep the newest A, and are wrong for P4 layers
+    without a word. (:class:`p4flows.lightning.MergeCallback` refuses to train beside the latter.)
 
     Inverting is O(n³) in each :meth:`update_parameters`: where n is large, call it once per epoch, say.
+
+    Raises:
+        ValueError: for a model that is no module, or has a trainable P4 layer of a kind that cannot be averaged.
 
     >>> from torch.optim.swa_utils import get_ema_multi_avg_fn
     >>> from p4flows import P4Inv
@@ -35,6 +43,9 @@ class AveragedModel(swa_utils.AveragedModel):
     def __init__(self, model: nn.Module, *arguments: Any, **options: Any) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        for name, layer in model.named_modules():
+            if isinstance(layer, P4Layer) and _trained(layer) and not _averages(layer):
+                raise ValueError(f"model: a {type(layer).__name__}, {name!r}, cannot be averaged: it has no set_matrix")
         super().__init__(model, *arguments, **options)
 
     @torch.no_grad()
@@ -43,30 +54,58 @@ class AveragedModel(swa_utils.AveragedModel):
         pairs = [
             (averaged, layer)
             for averaged, layer in zip(self.module.modules(), model.modules(), strict=True)
-            if isinstance(layer, PerturbedInverse)
+            if isinstance(layer, P4Layer) and _averages(layer)
         ]
-        means = [averaged.matrix_double for averaged, _ in pairs]
+        means = [_matrix(averaged) for averaged, _ in pairs]
         count = self.n_averaged.clone()
         super().update_parameters(model)
         for mean, (averaged, layer) in zip(means, pairs, strict=True):
-            current = layer.matrix_double.to(mean.device)
+            current = _matrix(layer).to(mean.device)
             if count == 0:
                 mean = current
             elif self.avg_fn is not None:
                 mean = self.avg_fn(mean, current, count)
             else:
                 (self.multi_avg_fn or swa_utils.get_swa_multi_avg_fn())([mean], [current], count)
-            averaged.set_matrix(mean)
+            _set_matrix(averaged, mean)
 
 
-def _refuse(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
-    if isinstance(module, swa_utils.AveragedModel) and not isinstance(module, AveragedModel):
-        layers = [m for m in submodule.modules() if isinstance(m, P4Layer)] if submodule is not None else []
-        if any(p.requires_grad for layer in layers for p in layer.parameters()):
-            raise ValueError(
-                "model: it has P4 layers, whose matrices and inverses must not be averaged one by one; "
-                "use p4flows.AveragedModel"
-            )
+def _trained(layer: P4Layer) -> bool:
+    return any(p.requires_grad for p in layer.parameters())
 
 
-register_module_module_registration_hook(_refuse)
+def _averages(layer: P4Layer) -> bool:
+    return isinstance(layer, P4Linear) or (hasattr(layer, "trained_matrix") and hasattr(layer, "set_matrix"))
+
+
+def _matrix(layer: Any) -> Tensor:
+    if not isinstance(layer, P4Linear):
+        return layer.trained_matrix
+    return layer.A.double() + layer.U.detach().double() @ layer.V.detach().double().mT
+
+
+def _set_matrix(layer: Any, M: Tensor) -> None:
+    if not isinstance(layer, P4Linear):
+        layer.set_matrix(M)
+        return
+    layer.A.copy_(M)
+    layer.U.zero_()
+
+
+def _reduce(layer: P4Layer, protocol: int) -> Any:
+    """What copies and pickles of a layer are made from; ValueError for the copy that torch's AveragedModel makes."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is swa_utils.AveragedModel.__init__.__code__:
+            owner = frame.f_locals["self"]
+            if not isinstance(owner, AveragedModel) and _trained(layer):
+                raise ValueError(
+                    "model: it has P4 layers, whose matrices and inverses must not be averaged one by one; "
+                    "use p4flows.AveragedModel"
+                )
+        frame = frame.f_back
+    return object.__reduce_ex__(layer, protocol)
+
+
+# Here, as layers know nothing of averages; a hook on modules would be there for everybody's.
+P4Layer.__reduce_ex__ = _reduce  # type: ignore[method-assign]

@@ -54,6 +54,13 @@ class Clock:
         """The ids of the parameters that its optimizers hold."""
         return frozenset().union(*map(held, self.optimizers))
 
+    def serving(self, layers: Mapping[str, P4Layer]) -> frozenset[int]:
+        """The ids of those layers that its optimizers step on; where none is alive, of those that they did."""
+        if not self.optimizers:
+            return frozenset(id(layer) for name, layer in layers.items() if name in self.names)
+        ids = self.held
+        return frozenset(id(layer) for layer in layers.values() if any(id(p) in ids for p in layer.perturbation))
+
     def state_dict(self) -> dict[str, Any]:
         return {"layers": sorted(self.names), "steps": self.steps, "rounds": dict(self.rounds)}
 
@@ -82,10 +89,7 @@ class Clocks(list):
         """The clock for an optimizer that is new, and trains these layers: that of the optimizer before it, or new."""
 
         def shared(clock: Clock) -> int:
-            if not clock.optimizers:
-                return len(clock.names & layers.keys()) or not clock.names
-            theirs = clock.held
-            return sum(any(id(p) in theirs for p in layer.perturbation) for layer in layers.values())
+            return len(clock.serving(layers)) or not (clock.optimizers or clock.names)
 
         clock = max(self, key=shared, default=None)
         if clock is None or not shared(clock):
@@ -99,17 +103,16 @@ class Clocks(list):
             self.append(Clock())
         return self[-1]
 
-    def layers(self, clock: Clock, layers: list[P4Layer]) -> list[P4Layer]:
-        """Those of the layers that are merged by this clock: all but those that only another one's optimizers hold."""
+    def layers(self, clock: Clock, trained: list[P4Layer], layers: Mapping[str, P4Layer]) -> list[P4Layer]:
+        """Those of the trained layers that this clock merges: all but those that only another clock serves.
+
+        ``layers`` are all of the model, by name.
+        """
         if len(self) == 1:
-            return layers
-        mine = clock.held
-        others = frozenset().union(*(each.held for each in self if each is not clock))
-        return [
-            layer
-            for layer in layers
-            if any(id(p) in mine for p in layer.perturbation) or not any(id(p) in others for p in layer.perturbation)
-        ]
+            return trained
+        served = [each.serving(layers) for each in self if each is not clock]
+        others = frozenset().union(*served) - clock.serving(layers)
+        return [layer for layer in trained if id(layer) not in others]
 
     def state_dict(self) -> list[dict[str, Any]]:
         return [clock.state_dict() for clock in self]

@@ -100,6 +100,13 @@ def refuse_unknown(optimizers: Sequence[Optimizer], layers: Iterable[P4Layer], r
 
     A merge gives the entries of U and V another meaning. Layers that have no such parameters go with any optimizer.
     """
+    layers = list(layers)
+    for optimizer in optimizers if layers else ():
+        if isinstance(optimizer, torch.optim.LBFGS) and any(g.get("max_iter", 1) > 1 for g in optimizer.param_groups):
+            raise ValueError(
+                "optimizer: LBFGS evaluates the loss many times in a step, but layers follow their weights after it. "
+                "Give it max_iter=1 for InvertibleLinear, and use another one for P4Inv"
+            )
     layers = [layer for layer in layers if layer.zeroed or layer.redrawn]
     if not layers:
         return

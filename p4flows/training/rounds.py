@@ -140,7 +140,7 @@ class Rounds:
 
     def _merge(self, clock: Clock, due: set[int] | None = None) -> None:
         """Merge the layers of these intervals, or all."""
-        layers, optimizers = self._clocks.layers(clock, self._found.trained()), clock.stepping
+        layers, optimizers = self._clocks.layers(clock, self._found.trained(), self._found()), clock.stepping
         version = self._found.version, *map(id, layers)
         groups = self._merging.groups(clock, version, layers, lambda new: refuse_unknown(optimizers, new, self.reset))
         due = {self._interval(group.layers[0]) for group in groups}.intersection(*[due] if due else [])
