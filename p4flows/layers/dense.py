@@ -73,7 +73,7 @@ class InvertibleLinear(Tracked, P4Layer):
     >>> y, logabsdet = layer(torch.tensor([[1.0, 2.0, 3.0]]))
     >>> (y.square().sum() - logabsdet.sum()).backward()
     >>> optimizer.step()
-    >>> layer.lag < 1e-6, layer.A.equal(torch.eye(3).flip(0))
+    >>> bool(layer.lag < 1e-6), layer.A.equal(torch.eye(3).flip(0))
     (True, False)
     """
 

@@ -169,7 +169,7 @@ def test_repr_names_the_class_and_the_width(name, n):
     assert (name, n) not in LINEAR or f"({n}, " in text
 
 
-@names
+@cases([(name, n) for name, n in CASES if n > 1 or name in ("P4Inv", "P4Inv-rank1", "InvertibleLinear", "P4InvStack")])
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own, tracing a Function
 def test_compiles_to_one_graph_in_both_directions_and_once(name, n):
     layer = make(name, n)
