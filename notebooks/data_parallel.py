@@ -1,12 +1,14 @@
 """P4Inv layers under DistributedDataParallel: run with ``torchrun --nproc-per-node 2 notebooks/data_parallel.py``.
 
-Three things to know:
+Four things to know:
 
 * DistributedDataParallel calls ``forward`` only. A loss that needs both directions gets a module that has both in one
   ``forward``, as below; called around it, ``inverse`` would leave the gradients of its part unsynchronised.
 * Every process takes each merge decision by itself, from parameters and buffers that are equal, and draws the new V
   from the layer's seed and merge count: they stay equal, bit for bit, without communication.
 * So ``broadcast_buffers=False`` is safe, and saves sending A and A_inv at every step.
+* Where the optimizer's state is too large, ``--zero`` shards it over the processes (ZeroRedundancyOptimizer); the
+  training is the same, to the last bit. Sharded parameters (FSDP) are refused.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import os
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from p4flows import MergeScheduler, P4Inv
@@ -63,6 +66,7 @@ def main() -> None:
     parser.add_argument("--merges", type=int, default=1000)
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--no-broadcast-buffers", action="store_true")
+    parser.add_argument("--zero", action="store_true", help="shard the optimizer's state")
     parser.add_argument("--diverge-at", type=int, help="a step at which the last rank's loss is NaN")
     args = parser.parse_args()
     dist.init_process_group("gloo")
@@ -70,7 +74,11 @@ def main() -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
 
     model = DistributedDataParallel(BothDirections(args.features), broadcast_buffers=not args.no_broadcast_buffers)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    parameters = [p for p in model.parameters() if p.requires_grad]  # V is fixed between merges
+    if args.zero:
+        optimizer = ZeroRedundancyOptimizer(parameters, torch.optim.Adam, lr=1e-3)
+    else:
+        optimizer = torch.optim.Adam(parameters, lr=1e-3)
     scheduler = MergeScheduler(model, optimizer, every=args.every)
     generator = torch.Generator().manual_seed(rank)  # every rank has its own data
     mixing = torch.randn(args.features, args.features, generator=torch.Generator().manual_seed(99))
@@ -81,7 +89,7 @@ def main() -> None:
             loss = loss * torch.nan
         optimizer.zero_grad()
         loss.backward()
-        if all(p.grad.isfinite().all() for p in model.parameters()):  # averaged over the ranks, so equal on all
+        if all(p.grad.isfinite().all() for p in parameters):  # averaged over the ranks, so equal on all
             optimizer.step()
         else:
             for layer in scheduler.layers:  # or let a diverged perturbation be reset by the next merge
@@ -89,7 +97,8 @@ def main() -> None:
         scheduler.step()
     different, counters = differences(model), scheduler.counters
     if rank == 0:
-        print(f"{world} ranks, {counters}, last loss {loss.item():.3f}: {different} entries differ")
+        total = sum(layer.matrix.double().sum().item() for layer in scheduler.layers)
+        print(f"{world} ranks, {counters}, last loss {loss.item():.3f}: {different} entries differ, sum {total:.17g}")
     dist.destroy_process_group()
     raise SystemExit(different > 0)
 

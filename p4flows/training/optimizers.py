@@ -77,7 +77,7 @@ def unwrapped(optimizer: Any) -> Optimizer:
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, Optimizer):
         found = _inner(optimizer)
-        hint = f"; {type(found).__name__} is inside, but {type(optimizer).__name__} is not known" if found else ""
+        hint = "; make the scheduler with None, and call its step() after each step" if found else ""
         raise ValueError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}{hint}")
     return optimizer
 

@@ -15,7 +15,7 @@ from p4flows.perturbation import P4Layer
 from p4flows.training.clock import Clock, Clocks
 from p4flows.training.finding import Layers, held
 from p4flows.training.merging import Merging
-from p4flows.training.optimizers import refuse_unknown, stepping
+from p4flows.training.optimizers import refuse_unknown, stepping, unwrapped
 from p4flows.training.tally import Tally, Warnings
 
 __all__ = ["Rounds"]
@@ -115,6 +115,23 @@ class Rounds:
             }
             self._clocks.load_state_dict(state.get("clocks", [one]))
             self._tally.load(state["counters"])
+
+    def serve(self, *optimizers: Optimizer) -> None:
+        """Say beforehand that these optimizers train the layers, each its own.
+
+        ValueError if none of them holds the perturbation of a layer that is not frozen.
+        """
+        real = [unwrapped(optimizer) for optimizer in optimizers]
+        ids = frozenset().union(*map(held, real))
+        for name, layer in self._found().items():
+            if any(p.requires_grad and id(p) not in ids for p in layer.perturbation):
+                raise ValueError(
+                    f"optimizer: expected it to hold the perturbation of every P4 layer, but it lacks that of {name!r}"
+                )
+        with self._lock:
+            for optimizer in real:
+                if any(id(p) in held(optimizer) for layer in self._found().values() for p in layer.perturbation):
+                    self._clock([optimizer])
 
     # --- clocks -----------------------------------------------------------------------------------------------------
 

@@ -127,17 +127,8 @@ class MergeScheduler(Rounds):
         self._unused_gradients = 0
         if optimizer is not None:
             self._kept = unwrapped(optimizer)
-            self._require(self._kept)
-            self._clock([self._kept])
+            self.serve(self._kept)
         self._start()
-
-    def _require(self, optimizer: Optimizer) -> None:
-        ids = held(optimizer)
-        for name, layer in self._found().items():
-            if any(p.requires_grad and id(p) not in ids for p in layer.perturbation):
-                raise ValueError(
-                    f"optimizer: expected it to hold the perturbation of every P4 layer, but it lacks that of {name!r}"
-                )
 
     def _start(self) -> None:
         if self.add_penalty:

@@ -8,13 +8,14 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("lightning")
     from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
     from lightning.pytorch.plugins.precision import MixedPrecision
 
     from p4flows.lightning import MergeCallback
 
 from torch import nn
 
-from p4flows import P4Inv
+from p4flows import InvertibleLinear, P4Inv
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -106,3 +107,148 @@ def test_an_optimizer_without_the_perturbations_is_an_error(tmp_path):
 
     with pytest.raises(ValueError, match=r"lacks that of 'layers.1'"):
         fit(Wrong(), MergeCallback(), 1, tmp_path)
+
+
+def test_the_interval_may_be_given_by_position_or_left_to_the_layers(tmp_path):
+    module, callback = Module(), MergeCallback(4)
+    fit(module, callback, 1, tmp_path)
+    assert [int(layer.merges) for layer in module.layers] == [3, 3]
+    module, callback = Module(), MergeCallback()
+    module.layers.append(InvertibleLinear(N))
+    fit(module, callback, 2, tmp_path)
+    assert [int(layer.merges) for layer in module.layers[:2]] == [2, 2]
+    assert module.layers[2].lag < 0.02
+    assert callback.scheduler.rounds == 24
+    with pytest.raises(ValueError, match="every: expected an integer >= 1, got 0"):
+        MergeCallback(0)
+
+
+class TwoOptimizers(Module):
+    """The second one steps only in every third batch."""
+
+    automatic_optimization = False
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(1, 1)
+
+    def configure_optimizers(self):
+        first, second = self.layers
+        return [
+            torch.optim.SGD(self.other.parameters(), lr=1e-2),
+            torch.optim.Adam(first.parameters(), lr=1e-2),
+            torch.optim.Adam(second.parameters(), lr=1e-2),
+        ]
+
+    def training_step(self, batch, index):
+        _, *optimizers = self.optimizers()
+        for layer, optimizer in zip(self.layers, optimizers, strict=True):
+            if index % 3 == 0 or layer is self.layers[0]:
+                optimizer.zero_grad()
+                x, logabsdet = layer(batch[0])
+                self.manual_backward((x.square().sum(-1) / 2 - logabsdet).mean())
+                optimizer.step()
+
+
+def test_several_optimizers_and_a_resumed_run(tmp_path):
+    whole, callback = TwoOptimizers(), MergeCallback(5, force_every=2)
+    fit(whole, callback, 4, tmp_path)
+    assert [int(layer.merges) for layer in whole.layers] == [9, 3]  # of 48 and 16 steps
+    first = TwoOptimizers()
+    trainer = fit(first, MergeCallback(5, force_every=2), 2, tmp_path)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    second, resumed = TwoOptimizers(), MergeCallback(5, force_every=2)
+    fit(second, resumed, 4, tmp_path, checkpoint=tmp_path / "half.ckpt")
+    assert resumed.scheduler.state_dict() == callback.scheduler.state_dict()
+    for a, b in zip(whole.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_layers_that_are_unfrozen_later_are_merged(tmp_path):
+    class Unfreeze(BaseFinetuning):
+        def freeze_before_training(self, module):
+            self.freeze(module.layers)
+
+        def finetune_function(self, module, epoch, optimizer):
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(module.layers, optimizer)
+
+    class Head(Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(1, 1)
+
+        def training_step(self, batch, index):
+            return super().training_step(batch, index) + self.head(batch[0][:, :1]).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(filter(lambda p: p.requires_grad, self.parameters()), lr=1e-3)
+
+    module, callback = Head(), MergeCallback(2)
+    trainer = Trainer(
+        max_epochs=3,
+        callbacks=[Unfreeze(), callback],
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, data())
+    assert [int(layer.merges) for layer in module.layers] == [12, 12]
+
+
+def test_the_penalty_reaches_the_closures_of_lightning(tmp_path):
+    changes = []
+    for add_penalty in (False, True):
+        module = Module()
+        module.layers[0].bounds_det = (-2.5, 15.5)
+        module.layers[0].logabsdet_A.fill_(-6.0)
+        fit(module, MergeCallback(100, add_penalty=add_penalty), 1, tmp_path, limit_train_batches=1)
+        changes.append(module.layers[0].U.grad.clone())
+    module = Module()
+    module.layers[0].bounds_det = (-2.5, 15.5)
+    module.layers[0].logabsdet_A.fill_(-6.0)
+    expected = torch.autograd.grad(module.layers[0].penalty(), module.layers[0].U)[0]
+    torch.testing.assert_close(changes[1] - changes[0], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("average", ["StochasticWeightAveraging", "EMAWeightAveraging"])
+def test_averages_of_single_parameters_are_refused(tmp_path, average):
+    if average == "StochasticWeightAveraging":
+        average = StochasticWeightAveraging(1e-2, swa_epoch_start=1)
+    else:
+        average = getattr(pytest.importorskip("lightning.pytorch.callbacks"), average, None)
+        if average is None:
+            pytest.skip("of later versions of Lightning")
+        average = average()
+    trainer = Trainer(
+        max_epochs=3,
+        callbacks=[average, MergeCallback(2)],
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        logger=False,
+        enable_checkpointing=False,
+    )
+    with pytest.raises(ValueError, match=r"use p4flows.AveragedModel"):
+        trainer.fit(Module(), data())
+
+
+def test_a_training_that_breaks_off_leaves_no_scheduler_behind(tmp_path):
+    class Breaking(Module):
+        breaks = True
+
+        def training_step(self, batch, index):
+            if index == 5 and self.breaks:
+                self.breaks = False
+                raise RuntimeError("broken off")
+            return super().training_step(batch, index)
+
+    module, first, second = Breaking(), MergeCallback(1), MergeCallback(1)
+    with pytest.raises(RuntimeError, match="broken off"):
+        fit(module, first, 1, tmp_path)
+    assert not first.scheduler.attached
+    fit(module, second, 1, tmp_path)
+    assert [int(layer.merges) for layer in module.layers] == [5 + 12, 5 + 12]

@@ -31,3 +31,10 @@ def test_two_processes_stay_equal_over_a_thousand_merges(arguments):
     assert sum(merges) > 1000  # of two layers
     assert "0 entries differ" in output
     assert "nan" not in output
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
+def test_a_sharded_optimizer_state_changes_nothing():
+    outputs = [run("--merges", "40", "--every", "5", *more) for more in ([], ["--zero"])]
+    totals = [re.search(r"0 entries differ, sum (\S+)", output)[1] for output in outputs]
+    assert float(totals[0]) == pytest.approx(float(totals[1]), rel=1e-6)
