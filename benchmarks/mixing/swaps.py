@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,6 +75,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--most-couplings", type=int, default=50, help="leave deeper flows out")
     parser.add_argument("--frames", type=int, default=60_000, help="MD frames of the molecule, 0.1 ps apart")
+    parser.add_argument("--equal-time", action=BooleanOptionalAction, default=True, help="compare at equal time too")
     parser.add_argument("--jobs", type=int, default=2, help="flows trained at a time, on one thread each")
 
 
@@ -107,9 +108,10 @@ def run(args: Namespace) -> dict[str, Any]:
                     if setting["seed"] == 0 and n <= problem.searched:
                         rows[-1]["tried"] = chosen[name]["tried"]
         shapes = {(row["data"], row["couplings"]): row for row in rows}
-        for key, row in shapes.items():
+        for key, row in shapes.items() if args.equal_time else ():
             relative[key] = _relative_times(args.kept, row)
-        _add_equal_time(pool, args.kept, rows, relative)
+        if args.equal_time:
+            _add_equal_time(pool, args.kept, rows, relative)
     times = [{"data": data, "couplings": n, "times": found} for (data, n), found in relative.items()]
     results = {"rows": rows, "relative_times": times, "claims": claims(rows)}
     path = save("swaps", results, args.out)
