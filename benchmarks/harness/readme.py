@@ -25,7 +25,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "merge": ("speed.merge",),
     "step": ("speed.step",),
     "layer": ("harness.claims", "speed.layer"),
-    "drift": ("harness.claims", "numerics.drift"),
+    "drift": ("numerics.drift",),
     "mnist": ("harness.claims", "paper.mnist"),
     "perturbation": ("harness.claims", "mixing.perturbation"),
     "swaps": ("harness.claims", "mixing.swaps"),

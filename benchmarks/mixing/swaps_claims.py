@@ -31,8 +31,18 @@ def claims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return {"claim": text, "paper": rule, "ours": f"{value} of {count}", "holds": bool(value >= needed)}
 
     return [
-        claim("P4Inv with its defaults is ahead of LU", "in 10 of 16 rows", ahead, round(count * 10 / 16)),
-        claim("P4Inv with its defaults is within 1 nat of dense", "in 12 of 16 rows", near, round(count * 12 / 16)),
+        claim(
+            "P4Inv with its defaults is ahead of LU",
+            "in 10 of 16 rows, or as many of others",
+            ahead,
+            round(count * 10 / 16),
+        ),
+        claim(
+            "P4Inv with its defaults is within 1 nat of dense",
+            "in 12 of 16 rows, or as many of others",
+            near,
+            round(count * 12 / 16),
+        ),
         claim("InvertibleLinear is within 0.3 nats, or the spread, of dense", "in every row", as_dense, count),
         claim("the better of ours is ahead of both fixed permutations", "in every row", beyond_fixed, count),
         {

@@ -56,7 +56,7 @@ def run(args: Namespace) -> dict[str, Any]:
         rows += [follow_training(name, n, args.steps or steps, args.points, _errors) for name in LAYERS]
     results = {"steps_between_merges": _STEPS, "batch": _BATCH, "rows": rows, "claims": claims(rows)}
     path = save("drift", results, args.out)
-    print(f"{path}\n{draw(results, args.out / 'drift.png')}\n{claims_table(results)}\n\n{table(results)}")
+    print(f"{path}\n{draw(results, args.out / 'drift.png')}\n{table(results)}")
     return results
 
 
@@ -201,7 +201,7 @@ def claims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The worst errors of each run in float32, as a Markdown table."""
+    """The claims, where a result has them, and the worst errors of each run in float32, as Markdown tables."""
     header = ["n", "method", "perturbations", "merges", "largest residual", "of the rounded exact inverse"]
     header += ["largest error of ln\\|det\\|", "corrections", "error control, of merges and steps"]
     lines = [header, ["---:", "---", "---", *["---:"] * 6]]
@@ -219,4 +219,5 @@ def table(results: dict[str, Any]) -> str:
         merges = f"{row['errors'][-1]['merges']:,}"
         which = [str(row["n"]), row["method"], row["perturbations"], merges]
         lines.append([*which, *(f"{e:.1e}" for e in errors), *control])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rendered = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{claims_table(results)}\n\n{rendered}" if "claims" in results else rendered
