@@ -33,13 +33,13 @@ def claims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         claim(
             "P4Inv with its defaults is ahead of LU",
-            "in 10 of 16 rows, or as many of others",
+            "in 10 of 16 rows",
             ahead,
             round(count * 10 / 16),
         ),
         claim(
             "P4Inv with its defaults is within 1 nat of dense",
-            "in 12 of 16 rows, or as many of others",
+            "in 12 of 16 rows",
             near,
             round(count * 12 / 16),
         ),
