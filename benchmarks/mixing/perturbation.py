@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.harness.claims import table as claims_table
 from benchmarks.harness.environment import save
 from benchmarks.harness.pool import pool_of
+from benchmarks.harness.threads import one_thread
 from benchmarks.mixing.training import train_all
 from p4flows import P4Inv
 
@@ -31,6 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="flows trained at a time, on one thread each")
 
 
+@one_thread()
 def run(args: Namespace) -> dict[str, Any]:
     settings = []
     widths = [30, 64] if args.quick else args.widths

@@ -15,6 +15,7 @@ from benchmarks.harness.claims import table as claims_table
 from benchmarks.harness.environment import save
 from benchmarks.harness.parts import part
 from benchmarks.harness.pool import pool_of
+from benchmarks.harness.threads import one_thread
 from benchmarks.mixing.data import load
 from benchmarks.mixing.swaps_claims import claims
 from benchmarks.mixing.swaps_figure import draw
@@ -79,6 +80,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="flows trained at a time, on one thread each")
 
 
+@one_thread()
 def run(args: Namespace) -> dict[str, Any]:
     frames = 1_500 if args.quick else args.frames
     rows: list[dict[str, Any]] = []
