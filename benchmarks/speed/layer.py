@@ -30,16 +30,15 @@ _SLOW = 0.5  # seconds of a step, beyond which a turn is one step
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="two narrow widths and two turns")
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 256, 1024, 4096], help="of the layer")
+    parser.add_argument("--couplings", type=int, default=50, help="of the flow in which following is measured")
     parser.add_argument("--turns", type=int, default=7, help="turns of each, of which the median is taken")
 
 
 def run(args: Namespace) -> dict[str, Any]:
     warnings.filterwarnings("ignore")  # of nflows, whose LULinear uses what torch has deprecated
-    widths, turns = ([16, 32], 2) if args.quick else (args.widths, args.turns)
     rows = []
-    for n in widths:
+    for n in args.widths:
         for both in (False, True):
             jobs = {name: _training(make(n), both, n) for name, make in METHODS.items() if not both or name != _PLAIN}
             if both:
@@ -47,10 +46,10 @@ def run(args: Namespace) -> dict[str, Any]:
             threads = torch.get_num_threads()
             if n <= _NARROW:
                 torch.set_num_threads(1)
-            ms = _measure(jobs, turns, f"n = {n}, both: {both}")
+            ms = _measure(jobs, args.turns, f"n = {n}, both: {both}")
             rows.append({"n": n, "both_directions": both, "threads": torch.get_num_threads(), "ms": ms})
             torch.set_num_threads(threads)
-    results = {"batch": _BATCH, "rows": rows, "following": _following(2 if args.quick else 50, turns)}
+    results = {"batch": _BATCH, "rows": rows, "following": _following(args.couplings, args.turns)}
     results["claims"] = claims(results)
     print(f"{save('layer', results, args.out)}\n{table(results)}")
     return results

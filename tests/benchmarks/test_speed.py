@@ -35,7 +35,7 @@ def test_cost_merge_and_step(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.filterwarnings("ignore")
 def test_layer(monkeypatch, tmp_path):
-    results = call(monkeypatch, tmp_path, "layer --quick")
+    results = call(monkeypatch, tmp_path, "layer --widths 16 32 --turns 2 --couplings 2")
     assert [(row["n"], row["both_directions"]) for row in results["rows"]] == [
         (n, both) for n in (16, 32) for both in (False, True)
     ]
