@@ -13,9 +13,10 @@ demo: install  ## alanine dipeptide with fixed and with learned swaps: a table, 
 test: install  ## all tests and doctests: 10 minutes on two cores
 	$(BIN)/python -m pytest -n auto
 
-lint: install  ## style, by ruff
+lint: install  ## style, by ruff, and the directions of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 install: .venv/installed  ## .venv, with all that the others need; they make it themselves
 

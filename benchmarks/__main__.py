@@ -30,15 +30,16 @@ COMMANDS = {
     "cost": ("speed.cost", "time and memory of a training evaluation against width (Figure 2)"),
     "merge": ("speed.merge", "time of a merge"),
     "step": ("speed.step", "time of a training step of deep networks, eager and compiled"),
+    "layer": ("speed.layer", "time of a whole training step of one linear layer by its width"),
     "bridge": ("speed.bridge", "energies and forces a second, beside bgflow's bridge"),
     "drift": ("numerics.drift", "errors of inverse and log-determinant over up to 100,000 merges"),
     "swaps": (
         "mixing.swaps",
-        "where learned mixing pays: real data, permutations, LU and P4Inv by the number of couplings",
+        "where learned mixing pays: real data, permutations, LU, dense and our layers by the number of couplings",
     ),
     "perturbation": (
         "mixing.perturbation",
-        "how to train a perturbation by Adam: learning rate, optimizer state, merge interval",
+        "rank and learning rate of a perturbation by the width",
     ),
     "readme": ("harness.readme", "copy the result tables into README.md"),
 }

@@ -2,7 +2,7 @@
 
 P4Inv of Krämer, Köhler, Noé (arXiv:2010.07033): freeze A with its inverse and determinant, train a low-rank
 perturbation, merge it every N steps. Plug-ins: :mod:`p4flows.nflows`, :mod:`p4flows.bgflow`,
-:mod:`p4flows.lightning`; molecules: :mod:`p4flows.molecules`.
+:mod:`p4flows.normflows`, :mod:`p4flows.zuko`, :mod:`p4flows.lightning`; molecules: :mod:`p4flows.molecules`.
 """
 
 from p4flows.layers.activations import BentIdentity, Elementwise, Inverse

@@ -1,4 +1,4 @@
-"""Every invertible layer, by name: a constructor that takes dtype and seed. The harness runs over all of them."""
+"""Every invertible layer, by name: a constructor that takes its width n, dtype and seed. The harness runs over all."""
 
 from __future__ import annotations
 
@@ -16,19 +16,32 @@ PERMUTATION = torch.tensor([2, 0, 1, 5, 3, 4])
 
 
 def matrix(n: int, seed: int = 0) -> Tensor:
-    """A well-conditioned matrix with a negative determinant."""
-    generator = torch.Generator().manual_seed(seed)
-    M = torch.eye(n, dtype=torch.float64) + 0.3 * torch.randn(n, n, generator=generator, dtype=torch.float64)
+    """The identity and noise, with the first row turned around."""
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(seed)
+        M = torch.eye(n, dtype=torch.float64) + 0.3 * torch.randn(n, n, generator=generator, dtype=torch.float64)
     M[0] *= -1
     return M
 
 
-def _p4inv(cls: type = P4Inv, **options) -> Callable[..., nn.Module]:
-    return lambda **more: cls(N, **{"seed": 7, **options, **more})
+def _layer(cls: type, **options) -> Callable[..., nn.Module]:
+    """A layer of width n; a rank beyond that is n, and what depends on the width is a function of it."""
+
+    def make(n: int = N, **more) -> nn.Module:
+        at_width = {name: value(n) if callable(value) else value for name, value in options.items()}
+        if "rank" in options:
+            at_width["rank"] = min(at_width["rank"], n)
+        return cls(n, **{"seed": 7, **at_width, **more})
+
+    return make
+
+
+def _permutation(n: int) -> Tensor:
+    return PERMUTATION if n == N else torch.arange(n, device="cpu").roll(1)
 
 
 def _activation(cls: type) -> Callable[..., nn.Module]:
-    return lambda dtype=None, device=None: cls()
+    return lambda n=N, dtype=None, device=None: cls()
 
 
 class WideP4InvStack(P4InvStack):
@@ -53,28 +66,28 @@ class _Leaky(nn.Module):
         return y * a.exp(), a.sum(-1)
 
 
-def _dense(cls: type = InvertibleLinear, **options) -> Callable[..., nn.Module]:
-    return lambda **more: cls(N, **{"seed": 7, **options, **more})
-
-
 LAYERS: dict[str, Callable[..., nn.Module]] = {
-    "P4Inv": _p4inv(),
-    "P4Inv-rank3": _p4inv(rank=3),
-    "P4Inv-rank-n": _p4inv(rank=N),
-    "P4Inv-no-bias": _p4inv(bias=False),
-    "P4Inv-reverse": _p4inv(init="reverse"),
-    "P4Inv-orthogonal": _p4inv(init="orthogonal", rank=2),
-    "P4Inv-permutation": _p4inv(init=PERMUTATION),
-    "P4Inv-matrix": _p4inv(init=matrix(N)),
-    "InvertibleLinear": _dense(),
-    "InvertibleLinear-rank2": _dense(rank=2, init=matrix(N)),
-    "InvertibleLinear-no-bias": _dense(bias=False, init="reverse", rank=1),
-    "P4InvStack": lambda **more: P4InvStack(N, 5, **{"seed": 7, **more}),
-    "P4InvStack-1": lambda **more: P4InvStack(N, 1, 2, False, "orthogonal", **{"seed": 7, **more}),
-    "P4InvStack-wide": lambda **more: WideP4InvStack(N, 3, 2, **{"seed": 7, **more}),
-    "P4InvStack-plain": lambda **more: P4InvStack(N, 4, activations=[_Leaky()], **{"seed": 7, **more}),
-    "Inverse": lambda dtype=None, device=None: Inverse(BentIdentity()),
-    "BentIdentity": _activation(p4flows.BentIdentity),
+    "P4Inv": _layer(P4Inv),
+    "P4Inv-rank1": _layer(P4Inv, rank=1),
+    "P4Inv-rank3": _layer(P4Inv, rank=3),
+    "P4Inv-no-bias": _layer(P4Inv, bias=False),
+    "P4Inv-rank1-no-bias": _layer(P4Inv, rank=1, bias=False, init="reverse"),
+    "P4Inv-reverse": _layer(P4Inv, init="reverse"),
+    "P4Inv-orthogonal": _layer(P4Inv, init="orthogonal", rank=2),
+    "P4Inv-permutation": _layer(P4Inv, init=_permutation),
+    "P4Inv-matrix": _layer(P4Inv, init=matrix),
+    "InvertibleLinear": _layer(InvertibleLinear),
+    "InvertibleLinear-rank1": _layer(InvertibleLinear, rank=1, init="orthogonal"),
+    "InvertibleLinear-rank2": _layer(InvertibleLinear, rank=2, init=matrix),
+    "InvertibleLinear-no-bias": _layer(InvertibleLinear, bias=False, init="reverse"),
+    "P4InvStack": _layer(P4InvStack, depth=5),
+    "P4InvStack-rank1": _layer(P4InvStack, depth=5, rank=1),
+    "P4InvStack-1": _layer(P4InvStack, depth=1, rank=2, bias=False, init="orthogonal"),
+    "P4InvStack-wide": _layer(WideP4InvStack, depth=3, rank=2),
+    "P4InvStack-wide-rank1": _layer(WideP4InvStack, depth=3, rank=1),
+    "P4InvStack-plain": _layer(P4InvStack, depth=4, activations=lambda n: [_Leaky()]),
+    "Inverse": lambda n=N, dtype=None, device=None: Inverse(BentIdentity()),
+    "BentIdentity": _activation(BentIdentity),
 }
 
 try:
@@ -82,8 +95,8 @@ try:
 except ImportError:
     pass
 else:
-    LAYERS["nflows.P4InvLinear"] = _p4inv(p4flows.nflows.P4InvLinear, rank=2)
-    LAYERS["nflows.InvertibleLinear"] = _dense(p4flows.nflows.InvertibleLinear, init=PERMUTATION)
+    LAYERS["nflows.P4InvLinear"] = _layer(p4flows.nflows.P4InvLinear, rank=2)
+    LAYERS["nflows.InvertibleLinear"] = _layer(p4flows.nflows.InvertibleLinear, init=_permutation)
     LAYERS["nflows.BentIdentity"] = _activation(p4flows.nflows.BentIdentity)
 
 try:
@@ -94,9 +107,24 @@ except ImportError:
     BGFLOW = False
 else:
     BGFLOW = True
-    LAYERS["bgflow.P4InvFlow"] = _p4inv(p4flows.bgflow.P4InvFlow, rank=2)
+    LAYERS["bgflow.P4InvFlow"] = _layer(p4flows.bgflow.P4InvFlow, rank=2)
+    LAYERS["bgflow.InvertibleLinearFlow"] = _layer(p4flows.bgflow.InvertibleLinearFlow, init=_permutation)
     LAYERS["bgflow.BentIdentityFlow"] = _activation(p4flows.bgflow.BentIdentityFlow)
-    LAYERS["bgflow.P4InvSwap"] = lambda **more: p4flows.bgflow.P4InvSwap(2, N - 2, **{"seed": 7, **more})
+    LAYERS["bgflow.P4InvSwap"] = lambda n=N, **more: p4flows.bgflow.P4InvSwap(n // 3, n - n // 3, **{"seed": 7, **more})
+    LAYERS["bgflow.InvertibleSwap"] = lambda n=N, **more: p4flows.bgflow.InvertibleSwap(
+        n // 3, n - n // 3, **{"seed": 7, **more}
+    )
+
+try:
+    import p4flows.normflows
+except ImportError:
+    pass
+else:
+    LAYERS["normflows.P4InvLinear"] = _layer(p4flows.normflows.P4InvLinear, rank=2)
+    LAYERS["normflows.InvertibleLinear"] = _layer(p4flows.normflows.InvertibleLinear, init=_permutation)
+
+CASES = [(name, n) for n in (N, 1) for name in LAYERS if n > 1 or "Swap" not in name]
+"""Every layer at its usual width, and at width one, where a swap has nothing to swap."""
 
 
 def apply(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +139,7 @@ def invert(layer: nn.Module, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _flow(flow: nn.Module, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     channels = [x]
-    if isinstance(flow, p4flows.bgflow.P4InvSwap) and isinstance(x, Tensor):
+    if hasattr(flow, "dim0") and isinstance(x, Tensor):
         first = flow.dim1 if inverse else flow.dim0
         channels = [x[..., :first], x[..., first:]]
     *y, dlogp = flow(*channels, inverse=inverse)
@@ -132,6 +160,11 @@ def perturb(layer: nn.Module, scale: float = 0.1) -> nn.Module:
     return layer
 
 
+def width(layer: nn.Module) -> int:
+    """That of its linear layers, or the usual one."""
+    return next((module.features for module in layer.modules() if isinstance(module, P4Layer)), N)
+
+
 def train(layer: nn.Module, steps: int = 40) -> nn.Module:
     """Maximum likelihood and the reverse direction on random data, with merges; leaves a live perturbation."""
     parameters = [p for p in layer.parameters() if p.requires_grad]
@@ -139,10 +172,11 @@ def train(layer: nn.Module, steps: int = 40) -> nn.Module:
         return layer
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
     scheduler = MergeScheduler(layer, optimizer, every=7, force_every=2, correct_every=3)
-    mixing = matrix(N, 1).to(parameters[0].dtype)
+    n = width(layer)
+    mixing = matrix(n, 1).to(parameters[0].dtype)
     for _ in range(steps):
         optimizer.zero_grad()
-        data = torch.randn(32, N, dtype=mixing.dtype) @ mixing
+        data = torch.randn(32, n, dtype=mixing.dtype) @ mixing
         z, logabsdet = apply(layer, data)
         x, inverse_logabsdet = invert(layer, torch.randn_like(data))
         (z.square().sum(-1) / 2 - logabsdet + x.square().sum(-1) / 20 - 0.1 * inverse_logabsdet).mean().backward()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import p4flows
-from p4flows import BentIdentity, Inverse, MergeScheduler, P4Inv, P4InvStack
+from p4flows import BentIdentity, Inverse, InvertibleLinear, MergeScheduler, P4Inv, P4InvStack, P4Linear
 
 JUNK = [
     *(
@@ -53,9 +53,13 @@ LAYER = {
 }
 CALLS = {
     "P4Inv": (P4Inv, LAYER),
+    "InvertibleLinear": (
+        InvertibleLinear,
+        {name: value for name, value in LAYER.items() if name not in ("bounds_penalty", "penalty_weight")},
+    ),
     "P4InvStack": (P4InvStack, {**LAYER, "depth": 3, "models": 2, "activations": [BentIdentity()]}),
     "P4Linear": (
-        p4flows.P4Linear,
+        P4Linear,
         {
             **{"in_features": 3, "out_features": 2, "rank": 1, "bias": True, "seed": 0, "device": "cpu"},
             "dtype": torch.float32,
@@ -75,8 +79,14 @@ CALLS = {
     "forward": (lambda input: P4Inv(3)(input), {"input": torch.ones(2, 3)}),
     "inverse": (lambda input: P4Inv(3).inverse(input), {"input": torch.ones(2, 3)}),
     "stack": (lambda input: P4InvStack(3, 2)(input), {"input": torch.ones(2, 3)}),
+    "dense": (lambda input: InvertibleLinear(3)(input), {"input": torch.ones(2, 3)}),
+    "dense inverse": (lambda input: InvertibleLinear(3).inverse(input), {"input": torch.ones(2, 3)}),
+    "activation": (lambda input: BentIdentity()(input), {"input": torch.ones(2, 3)}),
+    "activation inverse": (lambda input: Inverse(BentIdentity())(input), {"input": torch.ones(2, 3)}),
+    "from_linear": (P4Linear.from_linear, {"layer": nn.Linear(3, 2), "rank": 1, "seed": 0}),
     "correct": (P4Inv(3).correct, {"order": 7}),
     "set_matrix": (P4Inv(3).set_matrix, {"M": torch.eye(3)}),
+    "set_matrix of dense": (InvertibleLinear(3).set_matrix, {"M": torch.eye(3)}),
 }
 try:
     from p4flows.molecules import (
@@ -175,5 +185,5 @@ def test_wrong_arguments(name, argument, tmp_path, monkeypatch):
             if not isinstance(error, ValueError | TypeError) or argument not in str(error):
                 pytest.fail(f"{argument}={value!r} raised {type(error).__name__}: {error}")
         else:
-            if isinstance(result, P4Inv | P4InvStack) and not result.A.is_meta:
+            if isinstance(result, P4Inv | InvertibleLinear | P4InvStack | P4Linear) and not result.A.is_meta:
                 assert all(T.isfinite().all() for T in result.state_dict().values()), repr(value)

@@ -24,9 +24,9 @@ def find_bgflow() -> bool:
             return False
         sys.path.append(str(checkout))
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(checkout)]))
-    # Its own warnings, on import, are not ours to mend.
+    # Its own warnings, on import, are not ours to mend. The plug-in supplies the name that it misses in NumPy 2.
     with warnings.catch_warnings(), contextlib.suppress(ImportError):
         warnings.simplefilter("ignore")
-        importlib.import_module("bgflow")
+        importlib.import_module("p4flows.bgflow")
         return True
     return False

@@ -8,10 +8,12 @@ __all__ = ["comparison"]
 
 
 def comparison(columns: dict[str, dict[str, Any]], lines: list[tuple[str, str, str]]) -> str:
-    """A Markdown table with a column for each origin, and lines (label, key, format)."""
+    """A Markdown table with a column for each origin, and lines (label, key, format) where any of them has the key."""
     cells = [["", *columns]]
     for label, key, form in lines:
         values = [column.get(key) for column in columns.values()]
+        if all(value is None for value in values):
+            continue
         cells.append([label, *("" if value is None else form.format(value) for value in values)])
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns) + 1)]
     rendered = []

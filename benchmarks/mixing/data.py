@@ -1,9 +1,9 @@
-"""Real data of different kinds, standardised: (training, held-out) rows in float32."""
+"""Real data of different kinds: rows for training, validation and test, standardised by the first."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -21,14 +21,14 @@ def _digits(rng: np.random.Generator) -> np.ndarray:
     return x + rng.random(x.shape)
 
 
-def _patches(rng: np.random.Generator) -> np.ndarray:
-    """20,000 patches of 8 × 8 pixels from two photographs, gray, dequantised; the mean is a coordinate like others."""
+def _patches(size: int, rng: np.random.Generator) -> np.ndarray:
+    """20,000 patches of size × size pixels from two photographs, gray, dequantised; the mean is one coordinate."""
     images = [image.mean(-1) for image in load_sample_images().images]
     rows = []
     for image in images:
-        corners = (rng.integers(0, size - 8, 10_000) for size in image.shape)
-        rows += [image[i : i + 8, j : j + 8].ravel() for i, j in zip(*corners, strict=True)]
-    x = np.array(rows)
+        corners = (rng.integers(0, length - size, 10_000) for length in image.shape)
+        rows += [image[i : i + size, j : j + size].ravel() for i, j in zip(*corners, strict=True)]
+    x = np.array(rows, dtype=np.float32)
     return x + rng.random(x.shape)
 
 
@@ -39,30 +39,36 @@ def _breast_cancer(rng: np.random.Generator) -> np.ndarray:
 
 DATASETS: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
     "digits": _digits,
-    "image-patches": _patches,
+    "image-patches": partial(_patches, 8),
+    "image-patches-16": partial(_patches, 16),
+    "image-patches-32": partial(_patches, 32),
     "breast-cancer": _breast_cancer,
 }
 
 
 _MOLECULE = "alanine-dipeptide"
-_HELD_OUT = 10_000  # at most, as it is measured often
+_MEASURED = 4_000  # at most of validation and of test rows, as the former are measured often
 
 
 @lru_cache(1)
-def _molecule(frames: int) -> tuple[Tensor, Tensor]:
-    data = load_data(frames)
-    return data.z, data.test_z[:_HELD_OUT]
+def _molecule(frames: int) -> tuple[Tensor, Tensor, Tensor]:
+    data = load_data(frames)  # in random order
+    validation = len(data.test_z) // 2
+    return data.z, data.test_z[:validation], data.test_z[validation:]
 
 
-def load(name: str, seed: int = 0, frames: int = 250_000) -> tuple[Tensor, Tensor]:
-    """A fifth is held out; both parts are standardised by the training part. ``frames`` is for the molecule."""
+@lru_cache(1)
+def load(name: str, seed: int = 0, frames: int = 60_000) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows in float32: a fifth for validation, a fifth for test, the rest for training. ``frames``: the molecule's."""
     if name == _MOLECULE:
-        return _molecule(frames)
-    rng = np.random.default_rng(seed)
-    x = DATASETS[name](rng)
-    x = x[rng.permutation(len(x))]
-    split = len(x) // 5
-    mean, deviation = x[split:].mean(0), x[split:].std(0)
-    deviation[deviation == 0] = 1
-    x = torch.tensor((x - mean) / deviation, dtype=torch.float32)
-    return x[split:], x[:split]
+        training, *rest = _molecule(frames)
+    else:
+        rng = np.random.default_rng(seed)
+        x = DATASETS[name](rng)
+        x = x[rng.permutation(len(x))]
+        fifth = len(x) // 5
+        mean, deviation = x[2 * fifth :].mean(0), x[2 * fifth :].std(0)
+        deviation[deviation == 0] = 1
+        x = torch.tensor((x - mean) / deviation, dtype=torch.float32)
+        training, *rest = x[2 * fifth :], x[:fifth], x[fifth : 2 * fifth]
+    return training, rest[0][:_MEASURED], rest[1][:_MEASURED]

@@ -14,7 +14,7 @@ from nflows.transforms import (
 )
 from torch import Tensor, nn
 
-from p4flows.nflows import replace_permutations
+from p4flows.nflows import InvertibleLinear, P4InvLinear, replace_permutations
 
 __all__ = ["MIXES", "PERMUTATIONS", "Dense", "put_between"]
 
@@ -44,10 +44,13 @@ def _halves(features: int) -> Permutation:
 
 
 PERMUTATIONS = {"alternating masks": _halves, "reversed": ReversePermutation, "random": RandomPermutation}
-MIXES = (*PERMUTATIONS, "LU", "dense", "P4Inv")
+_P4 = {"P4Inv": P4InvLinear, "InvertibleLinear": InvertibleLinear}
+MIXES = (*PERMUTATIONS, "LU", "dense", *_P4)
 
 
-def put_between(flow: Flow, features: int, mix: str, rank: int = 1, seed: int = 0, start: str = "reversed") -> Flow:
+def put_between(
+    flow: Flow, features: int, mix: str, rank: int | None = None, seed: int = 0, start: str = "reversed"
+) -> Flow:
     """Replace the reversed permutations of a flow by one of MIXES; those that are learned start as a permutation."""
     if mix not in MIXES:
         raise ValueError(f"mix: expected one of {', '.join(MIXES)}, got {mix!r}")
@@ -59,6 +62,6 @@ def put_between(flow: Flow, features: int, mix: str, rank: int = 1, seed: int = 
                 transforms[i] = CompositeTransform([permutation, LULinear(features, identity_init=True)])
             else:
                 transforms[i] = Dense(permutation) if mix == "dense" else permutation
-    if mix == "P4Inv":
-        replace_permutations(flow, rank, seed=seed)
+    if mix in _P4:
+        replace_permutations(flow, rank, layer=_P4[mix], seed=seed)
     return flow

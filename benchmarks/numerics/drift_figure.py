@@ -10,8 +10,14 @@ import matplotlib.pyplot as plt
 
 __all__ = ["draw"]
 
-_COLORS = {"P4Inv": "#1b7837", "bgflow": "#2166ac", "bgflow, no correction": "#e08214"}
-_LINES = {"random": "-", "adversarial": ":"}
+_COLORS = {
+    "P4Inv": "#1b7837",
+    "P4Inv, default rank": "#1b7837",
+    "InvertibleLinear": "#2166ac",
+    "bgflow": "#e08214",
+    "bgflow, no correction": "#fdb863",
+}
+_LINES = {"random": "-", "adversarial": ":", "trained": "--"}
 
 
 def draw(results: dict[str, Any], path: Path) -> Path:

@@ -138,11 +138,6 @@ def describe(samples: Samples, reference: Samples, data: Data) -> dict[str, floa
     }
 
 
-def kish(log_weights: Tensor) -> float:
-    """Kish's effective sample size over the number of samples, for log weights (B,)."""
-    return torch.exp(2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).item() / len(log_weights)
-
-
 def histograms(a: Tensor, b: Tensor, bins: int = 48) -> tuple[np.ndarray, np.ndarray]:
     """Normalised histograms of a and b on the range of b; what is outside counts in the outermost bins."""
     edges = np.linspace(b.min().item(), b.max().item(), bins + 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,16 @@ class _Loss:
         return likelihood + self.stage.energy_weight * divergence
 
 
+@contextmanager
+def _detached_after(scheduler: MergeScheduler | None) -> Iterator[None]:
+    """The next stage, or the same after an interruption, has a scheduler of its own."""
+    try:
+        yield
+    finally:
+        if scheduler is not None:
+            scheduler.detach()
+
+
 def train(
     flow: Flow, data: Data, stage: Stage, name: str = "", checkpoint: Path | None = None, compiled: bool = False
 ) -> dict[str, Any]:
@@ -99,7 +111,10 @@ def train(
     recent: list[Tensor] = []
     start = time.perf_counter()
     window = min(_WINDOW, stage.steps)
-    with tqdm(range(done, stage.steps), desc=name, unit="step", initial=done, total=stage.steps, mininterval=1) as bar:
+    with (
+        _detached_after(scheduler),
+        tqdm(range(done, stage.steps), desc=name, unit="step", initial=done, total=stage.steps, mininterval=1) as bar,
+    ):
         for step in range(done + 1, stage.steps + 1):
             optimizer.zero_grad()
             value = loss(generator)

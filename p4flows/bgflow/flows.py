@@ -10,9 +10,10 @@ from torch import Tensor
 
 from p4flows.checks import integer
 from p4flows.layers.activations import BentIdentity
+from p4flows.layers.dense import InvertibleLinear
 from p4flows.layers.invertible import P4Inv
 
-__all__ = ["BentIdentityFlow", "P4InvFlow", "P4InvSwap"]
+__all__ = ["BentIdentityFlow", "InvertibleLinearFlow", "InvertibleSwap", "P4InvFlow", "P4InvSwap"]
 
 
 class _OneChannel:
@@ -35,6 +36,18 @@ class P4InvFlow(_OneChannel, P4Inv, Flow):
     x is (..., features) and dlogp (..., 1). Arguments are those of :class:`p4flows.P4Inv`.
 
     >>> flow = P4InvFlow(4, init="reverse")
+    >>> y, dlogp = flow(torch.randn(8, 4))
+    >>> y.shape, dlogp.shape
+    (torch.Size([8, 4]), torch.Size([8, 1]))
+    """
+
+
+class InvertibleLinearFlow(_OneChannel, InvertibleLinear, Flow):
+    """:class:`p4flows.InvertibleLinear` as a bgflow ``Flow``: ``flow(x) -> (y, dlogp)``, ``flow(y, inverse=True)``.
+
+    x is (..., features) and dlogp (..., 1). Arguments are those of :class:`p4flows.InvertibleLinear`.
+
+    >>> flow = InvertibleLinearFlow(4, init="reverse")
     >>> y, dlogp = flow(torch.randn(8, 4))
     >>> y.shape, dlogp.shape
     (torch.Size([8, 4]), torch.Size([8, 1]))
@@ -77,11 +90,31 @@ class P4InvSwap(_Swap, P4Inv, Flow):
 
     Args:
         dim0, dim1: sizes of the two channels.
+        rank: of the perturbation; None for the default of :class:`p4flows.P4Inv`.
         init: "swap" starts as bgflow's ``SwapFlow``, "reverse" as the reversed permutation of the paper; or
             anything else :class:`p4flows.P4Inv` takes.
         options: further arguments of :class:`p4flows.P4Inv`.
 
     >>> swap = P4InvSwap(1, 2)
+    >>> y0, y1, dlogp = swap(torch.tensor([[1.0]]), torch.tensor([[2.0, 3.0]]))
+    >>> y0.tolist(), y1.tolist()
+    ([[2.0, 3.0]], [[1.0]])
+    """
+
+
+class InvertibleSwap(_Swap, InvertibleLinear, Flow):
+    """A learned swap of two channels, as :class:`P4InvSwap`, made of a dense weight that is followed after every step.
+
+    x0 (..., dim0) and x1 (..., dim1) are concatenated, mapped by an InvertibleLinear layer, and split into y0
+    (..., dim1) and y1 (..., dim0). As for :class:`P4InvSwap`, do not put one on channels that hold raw dihedrals.
+
+    Args:
+        dim0, dim1: sizes of the two channels.
+        rank: that the weight is followed with; None for the default of :class:`p4flows.InvertibleLinear`.
+        init: "swap" starts as bgflow's ``SwapFlow``; or anything else :class:`p4flows.InvertibleLinear` takes.
+        options: further arguments of :class:`p4flows.InvertibleLinear`.
+
+    >>> swap = InvertibleSwap(1, 2)
     >>> y0, y1, dlogp = swap(torch.tensor([[1.0]]), torch.tensor([[2.0, 3.0]]))
     >>> y0.tolist(), y1.tolist()
     ([[2.0, 3.0]], [[1.0]])

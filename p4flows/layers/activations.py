@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from p4flows.layers.inputs import require_floating
+
 __all__ = ["BentIdentity", "Elementwise", "Inverse"]
 
 
@@ -32,10 +34,12 @@ class Elementwise(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``(f(x), log|det|)`` of shapes (..., n) and (...)."""
+        require_floating(x)
         return self.value(x), self.slope(x)[0].abs().log().sum(-1)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """``(f⁻¹(y), log|det|)`` of shapes (..., n) and (...)."""
+        require_floating(y)
         x = self.inverse_value(y)
         return x, -self.slope(x)[0].abs().log().sum(-1)
 

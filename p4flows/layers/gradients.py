@@ -12,7 +12,6 @@ Rank one is written with vectors and scalars: for narrow layers the number of ca
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.nn.functional import linear
 
+from p4flows.layers.autocast import autocasting, without_autocast
 from p4flows.tracking import algebra
 
 __all__ = ["differentiable", "expand", "forward_map", "in_full_precision", "inverse_map", "on_rows"]
@@ -56,7 +56,7 @@ def _applicable(x: Tensor) -> bool:
 
 def in_full_precision(x: Tensor) -> bool:
     """Whether a hand-written gradient will do: no transform, no forward mode, no autocast, no half precision."""
-    if x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type):
+    if x.dtype.itemsize < 4 or autocasting(x):
         return False
     # A compiler takes its own way through transforms.
     return torch.compiler.is_compiling() or not (
@@ -68,7 +68,7 @@ def on_rows(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> t
     if x.ndim == 2:
         return function(x)
     y, logabsdet = function(x.reshape(-1, x.shape[-1]))
-    return y.view(x.shape), logabsdet.view(x.shape[:-1])
+    return y.reshape(x.shape), logabsdet.reshape(x.shape[:-1])
 
 
 def expand(logabsdet: Tensor, rows: Tensor) -> Tensor:
@@ -214,9 +214,7 @@ def _plain_inverse(A_inv, logabsdet_A, U, V, bias, y):
 
 
 def _plain_capacitance(A_inv, U, V, x):
-    # Autocast would compute the determinant in half precision.
-    autocast = torch.is_autocast_enabled(x.device.type)
-    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+    with without_autocast(x):
         W, C = algebra.capacitance(A_inv, U, V)
         return W, C, algebra.sign_and_logabsdet(C)[1]
 
@@ -224,6 +222,9 @@ def _plain_capacitance(A_inv, U, V, x):
 def differentiable(plain: Callable, ctx: Any, inputs: tuple, gradients: tuple) -> tuple:
     """The gradients once more, by autograd on the plain operations, where they are to be differentiated again."""
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+    # Inputs may depend on each other, as where a layer is applied twice; what is wanted are derivatives at this place
+    # alone, with respect to each input by itself.
+    inputs = [T.view_as(T) if isinstance(T, Tensor) and T.requires_grad else T for T in inputs]
     # An output that depends on nothing that is trained, such as a constant log|det|, has no derivative.
     outputs = [(out, g) for out, g in zip(plain(*inputs), gradients, strict=True) if out.requires_grad]
     found = torch.autograd.grad(

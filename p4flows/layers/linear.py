@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from p4flows.checks import floating, integer, move
+from p4flows.layers.inputs import require_floating
 from p4flows.layers.low_rank import LowRank
 from p4flows.perturbation import Correction, MergeOutcome, P4Layer
 from p4flows.tracking.algebra import fits, largest
+from p4flows.tracking.matrix import moved
 
 __all__ = ["P4Linear"]
 
@@ -33,7 +37,9 @@ class P4Linear(LowRank, P4Layer):
 
     A and b start like those of ``nn.Linear``, from torch's own generator.
 
-    Attributes: parameters U (m, k), V (n, k) and bias (m,) or None; buffers A (m, n); seed, merges (), int64.
+    Attributes: parameters U (m, k), V (n, k) and bias (m,) or None; buffers A (m, n); A_float (m, n), in float32, what
+    A is rounded from in a layer in half precision, where A itself would swallow most of what is merged into it, and
+    otherwise None; seed, merges (), int64.
 
     Shapes: input (..., n) to output (..., m).
 
@@ -48,9 +54,10 @@ class P4Linear(LowRank, P4Layer):
     (torch.Size([5, 10]), 804)
     """
 
-    _version = 1  # of the state dict
+    _version = 2  # of the state dict; 1 had no A_float
 
     A: Tensor
+    A_float: Tensor | None
 
     def __init__(
         self,
@@ -71,7 +78,9 @@ class P4Linear(LowRank, P4Layer):
         bound = 1 / math.sqrt(self.in_features)
         shape = self.out_features, self.in_features
         with torch.device("cpu"):
-            self.register_buffer("A", torch.empty(shape, dtype=dtype).uniform_(-bound, bound))
+            start = torch.empty(shape, dtype=torch.promote_types(dtype, torch.float32)).uniform_(-bound, bound)
+            self.register_buffer("A", start.to(dtype))
+            self.register_buffer("A_float", start if _too_coarse(dtype) else None)
             self._register_perturbation(self.A, self.rank, torch.tensor(integer("seed", seed), dtype=torch.int64), bias)
             if self.bias is not None:
                 nn.init.uniform_(self.bias, -bound, bound)
@@ -85,7 +94,9 @@ class P4Linear(LowRank, P4Layer):
         sizes = layer.in_features, layer.out_features
         new = cls(*sizes, rank, layer.bias is not None, seed, device=layer.weight.device, dtype=layer.weight.dtype)
         with torch.no_grad():
-            new.A.copy_(layer.weight)
+            for A in (new.A, new.A_float):
+                if A is not None:
+                    A.copy_(layer.weight)
             if layer.bias is not None:
                 new.bias.copy_(layer.bias)
         return new.train(layer.training)
@@ -95,6 +106,7 @@ class P4Linear(LowRank, P4Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(A + U Vᵀ) x + b``, without forming ``U Vᵀ``."""
+        require_floating(x)
         return linear(x, self.A, self.bias) + linear(x @ self.V, self.U)
 
     @torch.no_grad()
@@ -104,11 +116,14 @@ class P4Linear(LowRank, P4Layer):
         Skipped where A would not stay finite; where U or V is not finite the perturbation is reset instead. Does not
         wait for the device. Returns the :class:`MergeOutcome`, an int64 tensor ().
         """
+        A = self.A if self.A_float is None else self.A_float
         size = largest(self.U) * largest(self.V)
         finite = size.isfinite()
-        kept = fits(self.A[None], self.rank * size[None], torch.finfo(self.A.dtype).max / 4)[0] & finite
-        U, V = (torch.where(kept, M, 0) for M in (self.U, self.V))
-        self.A.addmm_(U, V.mT)
+        kept = fits(A[None], self.rank * size[None], torch.finfo(self.A.dtype).max / 4)[0] & finite
+        U, V = (torch.where(kept, M, 0).to(A.dtype) for M in (self.U, self.V))
+        A.addmm_(U, V.mT)
+        if A is not self.A:
+            self.A.copy_(A)
         self._redraw(kept | ~finite)
         merged = torch.where(kept, int(MergeOutcome.MERGED), int(MergeOutcome.SKIPPED))
         return merged.where(finite, int(MergeOutcome.RESET))
@@ -120,3 +135,29 @@ class P4Linear(LowRank, P4Layer):
     def penalty(self) -> Tensor:
         """Zero, in float64: every perturbation can be merged."""
         return torch.zeros((), dtype=torch.float64, device=self.A.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> P4Linear:
+        # .half() and .to(dtype) must not round what A is rounded from, and .float() gives it back.
+        dtype = self.A.dtype
+        exact = self.A if self.A_float is None else self.A_float
+        super()._apply(fn, recurse)
+        if _too_coarse(self.A.dtype) and (self.A_float is None or self.A_float.dtype != torch.float32):
+            self.A_float = moved(exact, self.A.device).to(torch.float32)
+        if self.A.dtype != dtype:
+            self.A = moved(exact, self.A.device).to(self.A.dtype)
+            if not _too_coarse(self.A.dtype):
+                self.A_float = None
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        A, A_float = (state_dict.get(prefix + name) for name in ("A", "A_float"))
+        if self.A_float is None and A_float is not None:
+            state_dict[f"{prefix}A"] = state_dict.pop(f"{prefix}A_float")
+        elif self.A_float is not None and A_float is None and A is not None:
+            state_dict[f"{prefix}A_float"] = A.to(torch.float32, copy=True)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+def _too_coarse(dtype: torch.dtype) -> bool:
+    """Whether a matrix of this dtype would swallow most of what is merged into it."""
+    return dtype.itemsize < 4

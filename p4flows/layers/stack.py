@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from p4flows.checks import floating, integer, items, move
 from p4flows.layers.activations import BentIdentity, Inverse, bijective
+from p4flows.layers.autocast import without_autocast
 from p4flows.layers.chain import Step, bijection, chain
 from p4flows.layers.invertible import P4Inv
 from p4flows.layers.perturbed import PerturbedInverse
@@ -168,13 +169,13 @@ class P4InvStack(PerturbedInverse):
         self._check(x, leading)
         rows = x.reshape(*leading, -1, self.features)
         steps = [(self.activations[i % len(self.activations)], inverse) for i in range(self.depth)]
-        with torch.autocast(x.device.type, enabled=False):  # determinants in half precision would not do
+        with without_autocast(x):
             W, C = algebra.capacitance(self.A_inv, self.U, self.V)
             linear = (algebra.sign_and_logabsdet(C)[1] + self.logabsdet_A).sum(-1, keepdim=True)
         if self.features > self.narrow:
             y, total = self._step_by_step(rows, W, C, steps)
         elif inverse:
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x):
                 M = (self.A_inv - W @ algebra.solve_capacitance(C, self.V.mT @ self.A_inv)).movedim(-3, 0).flip(0)
                 b = -(M @ self._biases().flip(0).mT).mT
             rows, first = bijection(steps.pop(), rows)

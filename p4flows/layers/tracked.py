@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from p4flows.layers.autocast import autocasting
+from p4flows.layers.inputs import require_floating
 from p4flows.tracking.correction import correct_, drifted_
 from p4flows.tracking.group import Group
 from p4flows.tracking.matrix import TrackedMatrix
@@ -90,15 +92,14 @@ class Tracked:
 
     def _check(self, x: Tensor, leading: Sequence[int] = ()) -> None:
         A = self.tracked.A
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise ValueError(f"input: expected a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        require_floating(x)
         if x.device != A.device:
             raise ValueError(f"input: expected device {A.device} as the layer's, got {x.device}")
         lead = len(leading)
         if x.ndim <= lead or x.shape[-1] != self.features or x.shape[:lead] != torch.Size(leading):
             expected = ", ".join([*map(str, leading), "...", str(self.features)])
             raise ValueError(f"input: expected shape ({expected}), got {tuple(x.shape)}")
-        if x.dtype != A.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != A.dtype and not autocasting(x):
             raise ValueError(f"input: expected dtype {A.dtype} as the layer's, got {x.dtype}")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:

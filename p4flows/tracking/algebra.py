@@ -25,6 +25,7 @@ __all__ = [
     "hyperpower",
     "invert_capacitance",
     "largest",
+    "log_spectral_norm",
     "low_rank_update_",
     "matrix_vector",
     "merge_products",
@@ -37,6 +38,9 @@ __all__ = [
     "solve_capacitance",
     "vector_matrix",
 ]
+
+
+_BLOCK = 128
 
 
 def matrix_vector(M: Tensor, u: Tensor) -> Tensor:
@@ -123,11 +127,34 @@ def perturbed_inverse_product(A_inv: Tensor, V: Tensor, W: Tensor, C: Tensor, y:
     return z - t @ W.mT
 
 
-def low_rank_update_(M: Tensor, L: Tensor, R: Tensor) -> Tensor:
-    """``M += L R`` in place, for M (b, n, m), L (b, n, k), R (b, k, m), without a temporary of M's size."""
+def low_rank_update_(M: Tensor, L: Tensor, R: Tensor, rounded: Tensor | None = None) -> Tensor:
+    """``M += L R`` in place, for M (b, n, m), L (b, n, k), R (b, k, m), without a temporary of M's size.
+
+    With ``rounded`` (n, m), of lower precision, the one M (b = 1) is copied to it on the way.
+    """
+    if rounded is not None:
+        # On a CPU a block of rows is still in the cache when it is rounded.
+        rows = _BLOCK if M.is_cpu else len(rounded)
+        for m, l, target in zip(M[0].split(rows), L[0].split(rows), rounded.split(rows), strict=True):
+            target.copy_(low_rank_update_(m[None], l[None], R)[0])
+        return M
     if L.shape[-1] > 1:
         return M.baddbmm_(L, R) if len(M) > 1 else M[0].addmm_(L[0], R[0])[None]
     return M.addcmul_(L, R) if len(M) > 1 else M[0].addr_(L[0, :, 0], R[0, 0])[None]
+
+
+def log_spectral_norm(M: Tensor) -> Tensor:
+    """ln of the largest singular value of M (..., k, k), too large by at most ln(k) / 256; NaN if M is not finite.
+
+    ``‖(MᵀM)^p‖`` in the Frobenius norm, to the power 1/(2p), for p = 64: a few small products, which can be batched and
+    do not wait for the device, where a singular value decomposition takes a hundred times longer.
+    """
+    S, log_norm, doublings = M, 0, 7
+    for i in range(doublings + 1):
+        S = S.mT @ S if i else S
+        size = torch.linalg.vector_norm(S, torch.inf if i < doublings else 2, (-2, -1), keepdim=True)
+        S, log_norm = S / size, 2 * log_norm + size.log()
+    return log_norm[..., 0, 0] / 2**doublings
 
 
 def residual(A: Tensor, A_inv: Tensor) -> Tensor:

@@ -22,13 +22,14 @@ _PROBES = 4
 _TOLERANCE = {torch.float64: 1e-10}
 # In units of ε: the change of ln|det A| by rounding A beyond which it is taken into account (3e-5 in float32), and the
 # change δ of A, as |A⁻¹ δ|, beyond which its first order will not do and A_inv and ln|det A| are computed anew.
-_ROUNDING_NOTICED, _ROUNDING_LARGE = 250, 80_000
+_ROUNDING_NOTICED, _ROUNDING_LARGE = 250, 5_000
 
 
 @lru_cache(maxsize=16)
 def _probes(n: int, device: torch.device) -> Tensor:
     # Always the same ones, so that every process and every resumed run takes the same decision.
-    return torch.randn(_PROBES, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).to(device)
+    generator = torch.Generator("cpu").manual_seed(n)
+    return torch.randn(_PROBES, n, dtype=torch.float64, generator=generator, device="cpu").to(device)
 
 
 @torch.no_grad()

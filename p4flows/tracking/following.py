@@ -23,8 +23,13 @@ __all__ = ["follow_"]
 # Parts of an update that are tried where the whole is not sane; the rest stays in E.
 _PARTS = (0.5, 0.25, 0.125)
 
-# A follows by up to four updates at a time while ‖W - A‖ is more than 2 % of ‖A‖, as estimated from four vectors.
-_ROUNDS, _NEAR, _PROBES = 4, 0.02, 4
+# A follows by up to four updates at a time while ‖W - A‖ is more than 2 % of ‖A‖, as estimated from four vectors; 10 %
+# for wide matrices, which training moves by less in a step, and for which an update is a good part of the step.
+_ROUNDS, _NEAR, _NEAR_WIDE, _PROBES = 4, 0.02, 0.1, 4
+_WIDE = 128
+
+# A direction with less than this of the largest one is rounding.
+_NEGLIGIBLE = 1e-10
 
 
 @torch.no_grad()
@@ -35,20 +40,29 @@ def follow_(state: Matrices, *, force: bool, bounds_update: Bounds, bounds_det: 
     update, O(k n²), and up to three more while a weight is far ahead. Waits for the device.
     """
     options = {"force": force, "bounds_update": bounds_update, "bounds_det": bounds_det}
-    first, lag = _update(state, **options)
+    first, lag = _update(state, torch.ones_like(state.logabsdet, dtype=torch.bool), **options)
+    near = _NEAR_WIDE if state.A.shape[-1] > _WIDE else _NEAR
     for _ in range(1, _ROUNDS):
-        if not ((lag > _NEAR) & (first == MergeOutcome.MERGED)).any():
+        # Each by itself, so that no layer depends on those that it is followed together with.
+        behind = (lag > near) & (first == MergeOutcome.MERGED)
+        if not behind.any():
             break
-        _, lag = _update(state, **options)
+        _, lag_now = _update(state, behind, **options)
+        lag = lag_now.where(behind, lag)
     state.store("directions")
     return first
 
 
-def _update(state: Matrices, force: bool, bounds_update: Bounds, bounds_det: Bounds) -> tuple[Tensor, Tensor]:
-    """One update, or a part of it where the whole is not sane; the outcomes, and ``‖W - A‖ / ‖A‖`` after it, (L,)."""
+def _update(
+    state: Matrices, which: Tensor, force: bool, bounds_update: Bounds, bounds_det: Bounds
+) -> tuple[Tensor, Tensor]:
+    """One update of ``which`` (L,), or a part of it where the whole is not sane.
+
+    Returns the outcomes, and ``‖W - A‖ / ‖A‖`` after it, (L,); they mean nothing for the others.
+    """
     P, Q, EX, AX = _best_directions(state)
     size = torch.linalg.matrix_norm(Q)  # no entry of P Qᵀ is larger, as P has orthonormal columns
-    finite = size.isfinite() & torch.linalg.matrix_norm(P).isfinite()
+    finite = which & size.isfinite() & torch.linalg.matrix_norm(P).isfinite()
     if not finite.is_cpu or not finite.all():
         P, Q = (torch.where(finite[:, None, None], M, 0) for M in (P, Q))
     W, C, Z = algebra.merge_products(state.A_inv, P, Q)
@@ -72,10 +86,15 @@ def _update(state: Matrices, force: bool, bounds_update: Bounds, bounds_det: Bou
     if not accepted.is_cpu or accepted.any():
         scale = part[:, None, None]
         update_(state, accepted, scale * P, Q, scale * W, K, found)
-    directions = state.own["directions"]
-    directions.copy_(torch.where(finite[:, None, None], Q, directions))
     taken_part = torch.where(accepted, part, 0)[:, None, None]
-    EX = EX - taken_part * (P @ (Q.mT @ _probes(Q.shape[-2], Q.device)))
+    EX = EX - taken_part * (P @ (Q.mT @ _probes(Q.shape[-2], _PROBES, Q.device)))
+    directions = state.own["directions"]
+    # Normalised, since half precision would lose what is small. Where E has fewer than k directions, others are
+    # looked for from random ones: zeros would never find anything again.
+    norm = torch.linalg.vector_norm(Q, dim=-2, keepdim=True)
+    found_some = norm > _NEGLIGIBLE * norm.amax(-1, keepdim=True)
+    Q = torch.where(found_some, Q / norm, _probes(*Q.shape[-2:], Q.device))
+    directions.copy_(torch.where(finite[:, None, None], Q, directions))
     lag = torch.linalg.matrix_norm(EX) / torch.linalg.matrix_norm(AX)
     taken = torch.where(part < 1, int(MergeOutcome.PARTIAL), int(MergeOutcome.MERGED))
     taken = taken.where(sane, int(MergeOutcome.FORCED))
@@ -87,12 +106,12 @@ def _best_directions(state: Matrices) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     W, Q = state.own["weight"], state.own["directions"]
     k = Q.shape[-1]
     if state.rounded_A is None:
-        X = _probes(Q.shape[-2], Q.device)
+        X = _probes(Q.shape[-2], _PROBES, Q.device)
         E = W.double() - state.A
         P = torch.linalg.qr(E @ Q.double()).Q
         return P, E.mT @ P, E @ X, state.A @ X
     # For a wide layer, products in its own precision with the rounded A: the error that this makes remains in E.
-    A, X = state.rounded_A, _probes(Q.shape[-2], Q.device).to(W.dtype)
+    A, X = state.rounded_A, _probes(Q.shape[-2], _PROBES, Q.device).to(W.dtype)
     both = torch.cat([Q, X.expand(len(Q), -1, -1)], -1).mT
     AQ = (both @ A.mT).mT.double()
     EQ = (both @ W.mT).mT.double() - AQ
@@ -101,7 +120,8 @@ def _best_directions(state: Matrices) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return P, (rounded @ W - rounded @ A).mT.double(), EQ[..., k:], AQ[..., k:]
 
 
-@lru_cache(maxsize=16)
-def _probes(n: int, device: torch.device) -> Tensor:
+@lru_cache(maxsize=64)
+def _probes(n: int, count: int, device: torch.device) -> Tensor:
     # Always the same ones, so that every process and every resumed run takes the same decision.
-    return torch.randn(n, _PROBES, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).to(device)
+    generator = torch.Generator("cpu").manual_seed(n)
+    return torch.randn(n, count, dtype=torch.float64, generator=generator, device="cpu").to(device)

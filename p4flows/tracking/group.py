@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from p4flows.tracking import algebra
+
 __all__ = ["Group", "Matrices"]
 
 # Up to this width layers are handled in one batched call, on copies of their tensors; beyond it each by itself, in
@@ -34,6 +36,14 @@ class Matrices:
         self._targets = targets
         at_hand = targets.get("A rounded", []) if len(self.A) == 1 and dtype.itemsize >= 4 else []
         self.rounded_A = at_hand[0][None] if at_hand and at_hand[0].shape[-1] > _STACKED_WIDTH else None
+
+    def add(self, name: str, L: Tensor, R: Tensor) -> None:
+        """``M += L R`` for the named one of A and A_inv, in float64 and, rounded, in the layers."""
+        targets = self._targets.get(f"{name} rounded")
+        one = targets[0] if targets and len(self.A) == 1 and name not in self._targets else None
+        algebra.low_rank_update_(getattr(self, name), L, R, one)
+        if one is None:
+            self.store(name)
 
     def store(self, *names: str) -> None:
         """Hand the named changes to the layers; those of "A" and "A_inv" also in the layers' own precision."""

@@ -65,8 +65,7 @@ def _permutation(p: Tensor) -> InitialMatrix:
         odd += max(length - 1, 0)
     sign = torch.tensor((-1.0) ** odd, dtype=torch.float64)
     # The transpose of a matrix of one entry shares its memory even where it is made contiguous.
-    A_inv = A.T.clone(memory_format=torch.contiguous_format)
-    return InitialMatrix(A, A_inv, sign, torch.zeros((), dtype=torch.float64))
+    return InitialMatrix(A, _row_by_row(A.T), sign, torch.zeros((), dtype=torch.float64))
 
 
 def _invert(M: Tensor, dtype: torch.dtype) -> InitialMatrix:
@@ -78,4 +77,9 @@ def _invert(M: Tensor, dtype: torch.dtype) -> InitialMatrix:
         raise ValueError("init: expected an invertible matrix, got a singular one")
     if (A @ A_inv - torch.eye(len(A), dtype=torch.float64)).abs().max() > 1e-3:
         raise ValueError("init: expected an invertible matrix, got one that is numerically singular")
-    return InitialMatrix(A.clone(), A_inv, sign, logabsdet)
+    return InitialMatrix(_row_by_row(A), _row_by_row(A_inv), sign, logabsdet)
+
+
+def _row_by_row(M: Tensor) -> Tensor:
+    """A copy whose memory is that of a plain matrix, as LAPACK's results and transposes are not."""
+    return M.clone(memory_format=torch.contiguous_format)

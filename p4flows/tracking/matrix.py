@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from p4flows.tracking import algebra
 from p4flows.tracking.initial import InitialMatrix
 
-__all__ = ["TrackedMatrix"]
+__all__ = ["TrackedMatrix", "moved"]
 
 
 class TrackedMatrix(nn.Module):
@@ -84,12 +84,12 @@ class TrackedMatrix(nn.Module):
         super()._apply(fn, recurse)
         for name in scalars if self.A.dtype != dtype else exact:
             if getattr(self, name).dtype != exact[name].dtype:
-                setattr(self, name, _moved(exact[name], self.A.device))
+                setattr(self, name, moved(exact[name], self.A.device))
         if self.A.dtype != dtype:
             self.logabsdet = self.logabsdet - self.rounding  # it belongs to other rounding errors from now on
             self.rounding = torch.zeros_like(self.rounding)
             for name, old in zip(("A", "A_inv"), names, strict=True):
-                double = _moved(exact[old], self.A.device)
+                double = moved(exact[old], self.A.device)
                 setattr(self, name, double.to(self.A.dtype))
                 setattr(self, f"{name}_double", None if self.A.dtype == torch.float64 else double)
         return self
@@ -114,8 +114,12 @@ class TrackedMatrix(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    # Nothing can be copied out of the meta device; whoever leaves it (to_empty) loads a state next.
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on another device.
+
+    Nothing can be copied out of the meta device: from there it is an empty one, as whoever leaves it (``to_empty``)
+    loads a state next.
+    """
     return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
 
 

@@ -67,8 +67,7 @@ def sanity(
     """The sanity check of Algorithm 2 for updates of capacitance C (L, k, k), and its inverse.
 
     ``size`` and ``size_inv`` (L,) bound the entries of rank-one terms of the updates of A and A⁻¹. The bounds on ln|G|
-    hold for every direction of an update of higher rank, that is for the singular values of C: these are between
-    ``1 / ‖C⁻¹‖`` and ``‖C‖`` in Frobenius norms.
+    hold for every direction of an update of higher rank, that is for all ln σ of the singular values σ of C.
     """
     sign_G, log_G = algebra.sign_and_logabsdet(C)
     k = C.shape[-1]
@@ -89,20 +88,31 @@ def update_(state: Matrices, accepted: Tensor, U: Tensor, V: Tensor, W: Tensor, 
     """``A += U Vᵀ``, ``A⁻¹ -= W K`` and the determinant, in place, where ``accepted`` (L,)."""
     if not accepted.is_cpu or not accepted.all():
         U, W, K = (torch.where(accepted[:, None, None], M, 0) for M in (U, W, K))
-    algebra.low_rank_update_(state.A, U, V.mT)
-    algebra.low_rank_update_(state.A_inv, -W, K)
+    state.add("A", U, V.mT)
+    state.add("A_inv", -W, K)
     state.sign.mul_(torch.where(accepted, found.sign_G, 1))
     state.logabsdet.add_(torch.where(accepted, found.log_G, 0))
-    state.store("A", "A_inv", "sign", "logabsdet")
+    state.store("sign", "logabsdet")
 
 
 def _directions_within(C: Tensor, C_inv: Tensor, log_G: Tensor, bounds: Bounds) -> Tensor:
     if C.shape[-1] == 1:
         return _within(log_G, bounds)
     low, high = bounds
-    smallest = -torch.linalg.matrix_norm(C_inv).log() if low is not None else log_G
-    largest = torch.linalg.matrix_norm(C).log() if high is not None else log_G
-    return _within(smallest, (low, None)) & _within(largest, (None, high))
+    inside = torch.ones_like(log_G, dtype=torch.bool)
+    if low is not None:
+        inside &= _at_most(C_inv, -low)
+    if high is not None:
+        inside &= _at_most(C, high)
+    return inside
+
+
+def _at_most(M: Tensor, limit: float) -> Tensor:
+    """Whether no ln σ of the singular values σ of M (L, k, k) is above the limit, (L,)."""
+    sure = torch.linalg.matrix_norm(M).log() <= limit  # the Frobenius norm, too large by a factor of up to √k
+    if sure.is_cpu and sure.all():
+        return sure
+    return sure | (algebra.log_spectral_norm(M) <= limit)
 
 
 def _within(value: Tensor, bounds: Bounds) -> Tensor:

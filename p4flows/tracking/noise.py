@@ -43,7 +43,8 @@ def normal(seed: Tensor, count: Tensor, shape: tuple[int, ...]) -> Tensor:
     radius = ((_shift(bits, 32).double() + 1) * 2.0**-32).log().mul(-2).sqrt()
     angle = (bits & 0xFFFFFFFF).double() * (2 * math.pi * 2.0**-32)
     pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], -1)
-    return pairs[..., :size].reshape(*seed.shape, *shape)
+    numbers = pairs if pairs.shape[-1] == size else pairs[..., :size].clone()  # with memory for that many, and no more
+    return numbers.view(*seed.shape, *shape)
 
 
 def directions(seed: Tensor, count: Tensor, n: int, k: int) -> Tensor:

@@ -18,7 +18,7 @@ from benchmarks.harness import readme
 from benchmarks.harness.output import RESULTS, add_output, settle_output
 
 ROOT = Path(readme.README).parent
-QUICK = ("linear", "density2d", "alanine_dipeptide", "mnist", "swaps", "perturbation")
+QUICK = ("linear", "density2d", "alanine_dipeptide", "mnist", "swaps", "perturbation", "layer")
 
 
 def parser_of(name):
@@ -153,7 +153,7 @@ def test_an_unwritable_file_or_folder_of_unfinished_runs_is_an_error_too(tmp_pat
     ("arguments", "sign"),
     [
         ("demo --frames 60000", "50/60000"),  # molecular dynamics
-        ("swaps --quick --data breast-cancer", "equal steps"),  # workers that are just starting
+        ("swaps --quick --data breast-cancer", "networks"),  # workers that are just starting
         ("mnist --parts parts", "trainings"),
     ],
 )

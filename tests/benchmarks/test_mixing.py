@@ -10,7 +10,8 @@ pytest.importorskip("sklearn")
 
 from running import call
 
-from benchmarks.mixing import perturbation, swaps
+from benchmarks.mixing import perturbation, swaps, training
+from benchmarks.mixing.data import load
 from benchmarks.mixing.mixes import MIXES, PERMUTATIONS, put_between
 from benchmarks.paper.realnvp import real_nvp
 
@@ -32,41 +33,61 @@ def test_mixes_between_couplings(mix, start):
     jacobian = torch.autograd.functional.jacobian(lambda row: flow._transform(row[None])[0][0], x[0])
     torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], flow._transform(x)[1][0], rtol=1e-4, atol=1e-4)
     flow.log_prob(x).mean().backward()
-    assert all(p.grad is not None for p in flow.parameters())
+    assert all(p.grad is not None for p in flow.parameters() if p.requires_grad)
 
 
 def test_swaps(monkeypatch, tmp_path):
     parts = f"--jobs 1 --parts {tmp_path / 'parts'}"
     results = call(monkeypatch, tmp_path, f"swaps --quick --data breast-cancer {parts}")
-    fixed, learned = ("alternating masks", "reversed", "random"), ("LU", "dense", "P4Inv, rank 1", "P4Inv, rank 8")
-    rows = {(row["mix"], row.get("perturbation_lr")): row for row in results["rows"]}
-    assert set(rows) == {*((mix, None) for mix in (*fixed, *learned)), *((mix, 0.003) for mix in learned)}
-    for (mix, _), row in rows.items():
-        assert row["nll"] <= row["last_nll"] + 1e-9
+    fixed, learned = ("reversed", "random"), ("LU", "dense", "P4Inv, rank 1", "P4Inv", "InvertibleLinear")
+    rows = {row["mix"]: row for row in results["rows"]}
+    assert set(rows) == {*fixed, *learned}
+    for mix, row in rows.items():
+        assert row["validation"] <= row["last_validation"] + 1e-9
+        assert row["step"] <= row["steps"] == 20
+        # The grid is bracketed: so short a training takes all the learning rate that it can get.
+        tried = {"net_rate": row["tried"]} if mix in fixed else row["tried"]
+        for option, found in tried.items():
+            assert found[f"{row[option]:g}"] == min(found.values()) >= row["validation"]
+        assert min(tried["net_rate"].values()) == row["validation"]
+        assert len(tried["net_rate" if mix in fixed else "mix_rate"]) == 5
         assert ("equal_time" in row) == (mix in learned)
-        assert row.get("equal_time", row)["steps"] <= row["steps"] == 20
-    # After 20 steps matrices are far ahead of permutations, and a perturbation of rank 8 of one of rank 1.
-    nll = {mix: row["nll"] for (mix, rate), row in rows.items() if rate is None}
-    assert max(nll[mix] for mix in ("LU", "dense", "P4Inv, rank 8")) < nll["P4Inv, rank 1"] < nll["reversed"]
-    # So short a training takes all the learning rate that it can get.
-    lines = swaps.table(results).splitlines()
-    assert [cell.count("\\*") for cell in lines[-1].split("|")[4:-1]] == [0, 0, 0, 2, 2, 2, 2]
+        assert row.get("equal_time", row)["steps"] <= row["steps"]
+    # After 20 steps matrices are far ahead of permutations, and a perturbation of full rank of one of rank 1.
+    test = {mix: row["test"] for mix, row in rows.items()}
+    assert max(test[mix] for mix in ("LU", "dense", "P4Inv", "InvertibleLinear")) < test["P4Inv, rank 1"]
+    assert test["P4Inv, rank 1"] < test["reversed"]
+    assert [row["holds"] for row in results["claims"]] == [True] * 5
+    assert swaps.table(results).splitlines()[-1].count("**") == 2  # one is the best
 
 
 def test_swaps_of_equal_settings_are_equal():
-    setting = {"data": "breast-cancer", "couplings": 2, "mix": "P4Inv, rank 8", "seed": 3, "steps": 12}
-    setting |= {"batch": 32, "hidden": 8, "lr": 1e-3, "frames": 0}
-    same, again = (swaps.train(**setting)["nll"] for _ in range(2))
+    setting = {"data": "breast-cancer", "couplings": 2, "mix": "P4Inv", "rank": 8, "seed": 3, "steps": 12}
+    setting |= {"batch": 32, "hidden": 8, "net_rate": 1e-3, "frames": 0}
+    same, again = (training.train(**setting)["test"] for _ in range(2))
     assert same == again
-    assert swaps.train(**setting, reset="all", every=4)["nll"] != same
-    assert swaps.train(**setting, perturbation_lr=1e-5)["nll"] > same
+    assert training.train(**setting, reset="all", every=4)["test"] != same
+    assert training.train(**setting, mix_rate=1e-5)["test"] > same
+
+
+def test_data_have_three_parts():
+    parts = load("digits", 1)
+    assert [len(part) for part in parts] == [1079, 359, 359]
+    torch.testing.assert_close(parts[0].mean(0), torch.zeros(64), atol=1e-5, rtol=0)
+    rows = {tuple(row) for part in parts for row in part.tolist()}
+    assert len(rows) == 1797  # no row is in two of them
+    assert load("image-patches-16")[0].shape == (12_000, 256)
 
 
 def test_perturbation(monkeypatch, tmp_path):
-    monkeypatch.setattr(perturbation, "_FLOW", perturbation._FLOW | {"data": "breast-cancer"})
     parts = f"--jobs 1 --parts {tmp_path / 'parts'}"
     results = call(monkeypatch, tmp_path, f"perturbation --quick {parts}")
-    assert len(results["rows"]) == 2 + 2 * 4 * 4
+    assert perturbation.ranks(64) == [1, 8, 16, 32, 64]
+    assert perturbation.ranks(1024) == [1, 8, 16, 64, 256, 512]
+    assert len(results["rows"]) == 2 + 2 * 8 + 4 * (6 + 5)
     lines = perturbation.table(results).splitlines()
-    assert len(lines) == 2 + 2 + 2 * 4
     assert len({line.count("|") for line in lines}) == 1
+    # One learning rate serves all ranks: so few steps want a high one, and a higher rank learns more at each.
+    by = {(row["n"], row.get("rank"), row.get("mix_rate")): row["validation"] for row in results["rows"]}
+    for rate in (1e-3, 8e-3):
+        assert by[64, 64, rate] < by[64, 16, rate] < by[64, 1, rate]

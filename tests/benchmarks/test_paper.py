@@ -57,7 +57,7 @@ def test_samples_are_where_the_pictures_are(name):
 
 
 def test_the_two_networks_have_the_parameters_of_the_paper():
-    realnvp, stack = RealNVP2d(1), P4InvStack(2, 200)
+    realnvp, stack = RealNVP2d(1), P4InvStack(2, 200, 1)
     assert sum(p.numel() for p in realnvp.parameters()) == 1_230
     assert sum(p.numel() for p in stack.parameters()) == 1_200
 

@@ -7,6 +7,8 @@ pytest.importorskip("matplotlib")
 
 from running import call
 
+from benchmarks.speed import layer
+
 
 @pytest.mark.filterwarnings("ignore")
 def test_cost_merge_and_step(monkeypatch, tmp_path, capsys):
@@ -29,3 +31,17 @@ def test_cost_merge_and_step(monkeypatch, tmp_path, capsys):
     names = {row["method"] for row in rows}
     assert {"P4InvStack", "separate P4Inv", "P4InvStack, 3 models", "RealNVP", "RealNVP + P4Inv"} <= names
     assert all(row["ms"] > 0 for row in rows)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layer(monkeypatch, tmp_path):
+    results = call(monkeypatch, tmp_path, "layer --quick")
+    assert [(row["n"], row["both_directions"]) for row in results["rows"]] == [
+        (n, both) for n in (16, 32) for both in (False, True)
+    ]
+    assert all(set(row["ms"]) == set(layer.METHODS) and min(row["ms"].values()) > 0 for row in results["rows"])
+    assert 0 < results["following"]["share"] < 1
+    fast = dict.fromkeys(layer.METHODS, 10.0) | {"InvertibleLinear": 20.0, "dense": 300.0, "nflows LULinear": 90.0}
+    rows = [{"n": n, "both_directions": both, "ms": fast} for n in (1024, 4096) for both in (False, True)]
+    held = [row["holds"] for row in layer.claims({"rows": rows, "following": {"share": 0.3}})]
+    assert held == [True, True, True, True, True, False]

@@ -10,20 +10,27 @@ from p4flows import P4Inv
 
 N = 5
 cases = pytest.mark.parametrize(
-    ("rank", "bias", "stacked"),
-    [(1, True, False), (1, False, False), (1, True, True), (1, False, True), (3, True, False)],
+    ("rank", "bias", "stacked", "fixed"),
+    [
+        *((1, bias, stacked, False) for bias in (True, False) for stacked in (True, False)),
+        *((3, bias, False, fixed) for bias in (True, False) for fixed in (True, False)),
+    ],
 )
 directions = pytest.mark.parametrize("direction", ["forward", "inverse"])
 
 
-def make(rank, bias, stacked, monkeypatch):
+def make(rank, bias, stacked, fixed, monkeypatch):
+    """``fixed`` is V: by default that of rank one is trained, and that of a higher rank is not."""
     monkeypatch.setattr(fast, "_STACKED", 1 if stacked else 1024)
-    return perturb(P4Inv(N, rank, bias, init=matrix(N), dtype=torch.float64), 0.3)
+    layer = perturb(P4Inv(N, rank, bias, init=matrix(N), dtype=torch.float64), 0.3)
+    assert layer.V.requires_grad == (rank == 1)
+    layer.V.requires_grad_(not fixed)
+    return layer
 
 
 def inputs(layer):
     x = torch.randn(4, N, dtype=torch.float64, requires_grad=True)
-    return x, [p for p in (layer.U, layer.V, layer.bias) if p is not None]
+    return x, [p for p in (layer.U, layer.V, layer.bias) if p is not None and p.requires_grad]
 
 
 def plain(layer, direction, x, monkeypatch):
@@ -34,8 +41,8 @@ def plain(layer, direction, x, monkeypatch):
 
 @cases
 @directions
-def test_values_and_gradients_are_those_of_the_plain_operations(rank, bias, stacked, direction, monkeypatch):
-    layer = make(rank, bias, stacked, monkeypatch)
+def test_values_and_gradients_are_those_of_the_plain_operations(rank, bias, stacked, fixed, direction, monkeypatch):
+    layer = make(rank, bias, stacked, fixed, monkeypatch)
     x, parameters = inputs(layer)
     results = []
     for outputs in (getattr(layer, direction)(x), plain(layer, direction, x, monkeypatch)):
@@ -48,8 +55,8 @@ def test_values_and_gradients_are_those_of_the_plain_operations(rank, bias, stac
 
 @cases
 @directions
-def test_first_and_second_derivatives_match_finite_differences(rank, bias, stacked, direction, monkeypatch):
-    layer = make(rank, bias, stacked, monkeypatch)
+def test_first_and_second_derivatives_match_finite_differences(rank, bias, stacked, fixed, direction, monkeypatch):
+    layer = make(rank, bias, stacked, fixed, monkeypatch)
     x, parameters = inputs(layer)
 
     def function(x, *_):
@@ -61,8 +68,10 @@ def test_first_and_second_derivatives_match_finite_differences(rank, bias, stack
 
 @cases
 @directions
-def test_either_output_alone_and_any_input_alone_can_be_differentiated(rank, bias, stacked, direction, monkeypatch):
-    layer = make(rank, bias, stacked, monkeypatch)
+def test_either_output_alone_and_any_input_alone_can_be_differentiated(
+    rank, bias, stacked, fixed, direction, monkeypatch
+):
+    layer = make(rank, bias, stacked, fixed, monkeypatch)
     x, parameters = inputs(layer)
     for i in (0, 1):
         gradients = torch.autograd.grad(getattr(layer, direction)(x)[i].sum(), [x, *parameters])
@@ -106,7 +115,7 @@ def test_any_batch_shape_and_memory_layout(direction, rank):
 def test_merging_between_forward_and_backward_is_an_error(direction):
     for group in ([P4Inv(N)], [P4Inv(N), P4Inv(N, seed=1)]):
         group = P4Inv.group([perturb(layer) for layer in group])
-        P4Inv.merge_all(group)  # puts narrow layers side by side
+        P4Inv.merge_all(group)
         perturb(group[0])
         y, logabsdet = getattr(group[0], direction)(torch.randn(3, N, requires_grad=True))
         P4Inv.merge_all(group, force=True)
@@ -116,8 +125,9 @@ def test_merging_between_forward_and_backward_is_an_error(direction):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own, in jacfwd
 @directions
-def test_function_transforms_and_forward_mode(direction):
-    layer = perturb(P4Inv(N, dtype=torch.float64))
+@pytest.mark.parametrize("rank", [1, 3])
+def test_function_transforms_and_forward_mode(direction, rank):
+    layer = perturb(P4Inv(N, rank, dtype=torch.float64))
     x, tangent = torch.randn(2, 4, N, dtype=torch.float64)
     J = {"forward": layer.matrix, "inverse": layer.inverse_matrix}[direction]
     apply = getattr(layer, direction)

@@ -94,8 +94,8 @@ def test_merging_many_layers_at_once_is_merging_each():
 
 
 def nearly_singular(G, **options):
-    """A layer whose capacitance has the given determinant."""
-    layer = P4Inv(4, dtype=torch.float64, **options)
+    """A rank-one layer whose capacitance has the given determinant."""
+    layer = P4Inv(4, rank=1, dtype=torch.float64, **options)
     with torch.no_grad():
         layer.U.copy_((G - 1) * layer.V / layer.V.square().sum())
     return layer
@@ -126,8 +126,38 @@ def test_bounds_of_appendix_a(G, options, outcome):
     torch.testing.assert_close(layer.A @ layer.A_inv, torch.eye(4, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("singular_values", "options", "outcome"),
+    [
+        ((1.0, 0.01), {}, MergeOutcome.MERGED),
+        ((1e4, 1e-4), {}, MergeOutcome.SKIPPED_UPDATE),  # det = 1, and yet nearly singular
+        ((1e4, 1e-4), {"bounds_update": (-10.0, None)}, MergeOutcome.MERGED),
+        ((1e4, 1e-4), {"bounds_update": (None, 7.0)}, MergeOutcome.SKIPPED_UPDATE),
+        ((1e4, 1e-4), {"bounds_update": (None, None)}, MergeOutcome.MERGED),
+        ((0.9, 0.9), {"bounds_update": (-0.2, 0.2)}, MergeOutcome.MERGED),
+        ((0.9, 0.7), {"bounds_update": (-0.2, 0.2)}, MergeOutcome.SKIPPED_UPDATE),
+        ((1.3, 0.9), {"bounds_update": (-0.2, 0.2)}, MergeOutcome.SKIPPED_UPDATE),
+        ((10.0, 10.0), {"bounds_det": (None, 4.0)}, MergeOutcome.SKIPPED_DETERMINANT),
+    ],
+)
+def test_the_bounds_on_an_update_of_higher_rank_hold_for_every_direction(singular_values, options, outcome):
+    """And the outcome of ``merge_all`` names the bound, where ``merge`` says plainly that it was skipped."""
+    layer = P4Inv(4, rank=2, init=2 * torch.eye(4), dtype=torch.float64, **{"bounds_det": (None, None)} | options)
+    with torch.no_grad():
+        factors = torch.diag(torch.tensor(singular_values, dtype=torch.float64)) - torch.eye(2)
+        layer.U.copy_(2 * layer.V @ torch.linalg.inv(layer.V.mT @ layer.V) @ factors)
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    if MergeOutcome.is_skip(torch.tensor(outcome)):
+        assert layer.merge() == MergeOutcome.SKIPPED
+    assert P4Inv.merge_all([layer]).tolist() == [outcome]
+    if MergeOutcome.is_skip(torch.tensor(outcome)):
+        assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+        assert layer.merge(force=True) == MergeOutcome.FORCED
+    torch.testing.assert_close(layer.A @ layer.A_inv, torch.eye(4, dtype=torch.float64), atol=1e-8, rtol=0)
+
+
 def test_a_singular_update_is_never_merged():
-    layer = P4Inv(4, dtype=torch.float64)
+    layer = P4Inv(4, rank=1, dtype=torch.float64)
     with torch.no_grad():
         layer.V.copy_(torch.tensor([[1.0], [0], [0], [0]]))
         layer.U.copy_(-layer.V)
@@ -140,8 +170,9 @@ def test_a_singular_update_is_never_merged():
 @pytest.mark.parametrize("parameter", ["U", "V"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("force", [False, True])
-def test_a_perturbation_that_is_not_finite_is_reset_without_a_merge(parameter, value, force):
-    layer = layer_with()
+@ranks
+def test_a_perturbation_that_is_not_finite_is_reset_without_a_merge(rank, parameter, value, force):
+    layer = layer_with(rank)
     A, A_inv, logabsdet = layer.A.clone(), layer.A_inv.clone(), layer.logabsdet_A.clone()
     with torch.no_grad():
         getattr(layer, parameter)[3] = value
@@ -261,7 +292,7 @@ def test_penalty_of_appendix_a(G):
 
 
 def test_penalty_is_finite_with_a_finite_gradient_at_a_singular_matrix():
-    layer = P4Inv(2, dtype=torch.float64)
+    layer = P4Inv(2, rank=1, dtype=torch.float64)
     with torch.no_grad():
         layer.V.copy_(torch.tensor([[1.0], [0]]))
         layer.U.copy_(-layer.V)
@@ -281,17 +312,19 @@ def test_a_step_down_the_penalty_leaves_the_ill_conditioned_regime():
 # --- precision and memory -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bounds_det", [(-2.5, 15.5), (None, None)])
-def test_two_thousand_random_merges_in_float32(bounds_det):
+@pytest.mark.parametrize(
+    ("rank", "merges", "bounds_det"), [(1, 2000, (-2.5, 15.5)), (1, 2000, (None, None)), (64, 300, (None, None))]
+)
+def test_many_random_merges_in_float32(rank, merges, bounds_det):
     n = 512
-    layer = P4Inv(n, bounds_det=bounds_det)
-    for i in range(1, 2001):
+    layer = P4Inv(n, rank, bounds_det=bounds_det)
+    for i in range(1, merges + 1):
         with torch.no_grad():
             layer.U.normal_(std=0.3 / math.sqrt(n))
         layer.merge(force=i % 10 == 0)
         if i % 50 == 0:
             layer.correct()
-    assert layer.merges >= 200
+    assert layer.merges >= merges // 10
     exact = torch.linalg.inv(layer.A.double()).float()
     best = algebra.residual(layer.A, exact).abs().max()
     assert layer.residual() <= 20 * best
@@ -399,6 +432,19 @@ def test_wrong_arguments(arguments, message):
 def test_wrong_order():
     with pytest.raises(ValueError, match="order: expected 2, 3, 7 or None, got 5"):
         P4Inv(2).correct(5)
+
+
+@pytest.mark.parametrize("k", [2, 5, 64])
+@pytest.mark.parametrize("scale", [1e-100, 1.0, 1e100])
+def test_the_largest_singular_value(k, scale):
+    M = torch.randn(20, k, k, dtype=torch.float64)
+    M[0], M[1], M[2] = torch.eye(k), matrix(k), torch.diag(torch.arange(k))
+    exact = torch.linalg.svdvals(M)[:, 0].log() + math.log(scale)
+    excess = algebra.log_spectral_norm(scale * M) - exact
+    assert excess.min() > -1e-9
+    assert excess.max() < math.log(k) / 256 + 1e-9
+    M[3, 0, 1], M[4] = math.nan, math.inf
+    assert not (algebra.log_spectral_norm(M)[3:5] <= math.inf).any()
 
 
 @pytest.mark.parametrize("n", [1024, 1025, 1032])

@@ -27,10 +27,10 @@ def test_is_the_dense_layer(n, m, rank, bias):
     expected = x @ layer.matrix.T + (layer.bias if bias else 0)
     torch.testing.assert_close(layer(x), expected)
     loss = layer(x).square().sum()
+    trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    assert layer.V.requires_grad == (rank == 1)
     for ours, theirs in zip(
-        torch.autograd.grad(loss, [x, *layer.parameters()]),
-        torch.autograd.grad(expected.square().sum(), [x, *layer.parameters()]),
-        strict=True,
+        torch.autograd.grad(loss, trained), torch.autograd.grad(expected.square().sum(), trained), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
 

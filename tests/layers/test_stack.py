@@ -26,8 +26,8 @@ def separate(layers, x, inverse):
     return x, total
 
 
-def layers(dtype=torch.float64, **options):
-    made = [P4Inv(N, 2, init=matrix(N, i), seed=100 + i, dtype=dtype, **options) for i in range(DEPTH)]
+def layers(rank=2, dtype=torch.float64, **options):
+    made = [P4Inv(N, rank, init=matrix(N, i), seed=100 + i, dtype=dtype, **options) for i in range(DEPTH)]
     return nn.ModuleList(perturb(layer) for layer in made)
 
 
@@ -41,11 +41,15 @@ def loss_of(y, logabsdet):
 
 @directions
 @pytest.mark.parametrize("width", ["narrow", "wide"])
-def test_values_and_gradients_are_those_of_separate_layers(inverse, width, monkeypatch):
+@pytest.mark.parametrize(("rank", "fixed"), [(1, False), (2, True), (2, False)])
+def test_values_and_gradients_are_those_of_separate_layers(inverse, width, rank, fixed, monkeypatch):
     if width == "wide":
         monkeypatch.setattr(P4InvStack, "narrow", N - 1)
-    ours = layers()
+    ours = layers(rank)
     stack = P4InvStack.from_layers(ours)
+    assert stack.V.requires_grad == ours[0].V.requires_grad == (rank == 1)
+    for module in (stack, *ours):
+        module.V.requires_grad_(not fixed)
     x = torch.randn(2, 4, N, dtype=torch.float64, requires_grad=True)
     expected, found = separate(ours, x, inverse), run(stack, x, inverse)
     for a, b in zip(found, expected, strict=True):
@@ -55,15 +59,16 @@ def test_values_and_gradients_are_those_of_separate_layers(inverse, width, monke
     torch.testing.assert_close(gx, expected_gx, atol=1e-11, rtol=1e-11)
     loss_of(*found).backward()
     loss_of(*expected).backward()
-    for name in ("U", "V", "bias"):
+    for name in ("U", "bias") if fixed else ("U", "V", "bias"):
         gradient = torch.stack([getattr(layer, name).grad for layer in ours])
         torch.testing.assert_close(getattr(stack, name).grad, gradient, atol=1e-11, rtol=1e-11)
 
 
 @directions
 @pytest.mark.parametrize(("optimizer", "lr"), [(torch.optim.SGD, 1e-3), (torch.optim.Adam, 1e-2)])
-def test_training_with_merges_is_that_of_separate_layers(inverse, optimizer, lr):
-    ours = layers()
+@pytest.mark.parametrize("rank", [1, 2])
+def test_training_with_merges_is_that_of_separate_layers(inverse, optimizer, lr, rank):
+    ours = layers(rank)
     stack = P4InvStack.from_layers(ours)
     mixing = matrix(N, 9)
     results = []
@@ -133,8 +138,9 @@ def test_models_side_by_side_are_independent(inverse):
         torch.testing.assert_close(grid.matrix[i], single.matrix)
 
 
-def test_a_broken_model_does_not_touch_its_neighbours():
-    grid = perturb(P4InvStack(N, DEPTH, models=2, dtype=torch.float64))
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_broken_model_does_not_touch_its_neighbours(rank):
+    grid = perturb(P4InvStack(N, DEPTH, rank, models=2, dtype=torch.float64))
     optimizer = torch.optim.Adam(grid.parameters())
     scheduler = MergeScheduler(grid, optimizer, every=1)
     y, logabsdet = grid(torch.randn(2, 8, N, dtype=torch.float64))
@@ -148,14 +154,18 @@ def test_a_broken_model_does_not_touch_its_neighbours():
     assert scheduler.counters["merged"] + scheduler.counters["skipped"] == 2 * DEPTH - 1
     torch.testing.assert_close(grid.matrix[0], matrix_before[0])
     assert all(t.isfinite().all() for t in grid.state_dict().values())
-    assert not any(t.any() for t in optimizer.state[grid.V].values())
+    # V, which is drawn anew, starts from nothing; where it is not trained it has no state.
+    assert not any(t.any() for t in optimizer.state.get(grid.V, {}).values())
+    assert (grid.V in optimizer.state) == (rank == 1)
 
 
 @directions
-def test_derivatives_of_the_gradient(inverse):
-    stack = perturb(P4InvStack(2, 3, dtype=torch.float64))
+@pytest.mark.parametrize("rank", [1, 2])
+def test_derivatives_of_the_gradient(inverse, rank):
+    stack = perturb(P4InvStack(2, 3, rank, dtype=torch.float64))
     x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda x, *_: run(stack, x, inverse), (x, *stack.parameters()))
+    trained = [p for p in stack.parameters() if p.requires_grad]
+    assert torch.autograd.gradgradcheck(lambda x, *_: run(stack, x, inverse), (x, *trained))
 
 
 def test_a_cycle_of_other_bijections():

@@ -27,7 +27,7 @@ def logabsdet_error(layer):
 
 
 @pytest.mark.parametrize(("n", "merges"), [(2, 1000), (66, 1000), (300, 200)])
-@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("rank", [1, 2, None])
 def test_rounding_does_not_add_up_in_single_precision(n, merges, rank):
     generator = torch.Generator().manual_seed(n)
     layer = P4Inv(n, rank, seed=3)
@@ -64,14 +64,14 @@ def test_a_forced_merge_next_to_a_singular_matrix_is_corrected(dtype):
         assert logabsdet_error(layer) < 1e-4
 
 
-def test_training_through_a_singular_matrix():
+@pytest.mark.parametrize(("rank", "steps"), [(1, 6_000), (4, 3_000), (None, 3_000)])
+def test_training_through_a_singular_matrix(rank, steps):
     """As in Figure 5, in fewer dimensions: from I to -I, where the determinant changes its sign."""
-    torch.manual_seed(0)
-    layer = P4Inv(31, bias=False, seed=2)
+    layer = P4Inv(31, rank, bias=False, seed=2)
     optimizer = torch.optim.SGD(layer.parameters(), lr=2e-2)
     scheduler = MergeScheduler(layer, optimizer, every=1, force_every=10, correct_every=50)
     signs = set()
-    for _ in range(6_000):
+    for _ in range(steps):
         x = torch.randn(32, 31)
         optimizer.zero_grad()
         (layer(x)[0] + x).square().mean().backward()
@@ -80,7 +80,7 @@ def test_training_through_a_singular_matrix():
         signs.add(layer.sign_A.item())
     assert signs == {1.0, -1.0}
     assert layer.sign_A == -1
-    assert (layer.matrix + torch.eye(31)).abs().max() < 0.5
+    assert (layer.matrix + torch.eye(31)).abs().max() < 0.1
     assert logabsdet_error(layer) < 1e-5
     assert residual(layer) < 1e-5
 
@@ -127,7 +127,11 @@ def test_the_order_with_the_fewest_products():
                 )
 
 
-@pytest.mark.parametrize("make", [lambda: P4Inv(12, seed=1), lambda: P4InvStack(12, 3, seed=1)])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: P4Inv(12, seed=1), lambda: P4Inv(12, 1), lambda: P4InvStack(12, 3, seed=1)],
+    ids=["P4Inv", "P4Inv-rank1", "P4InvStack"],
+)
 @pytest.mark.parametrize(
     ("damage", "outcome"), [(1e-9, Correction.NONE), (1e-4, Correction.ITERATED), (3.0, Correction.INVERTED)]
 )

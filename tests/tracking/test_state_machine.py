@@ -164,9 +164,9 @@ TestTracking = Tracking.TestCase
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-@pytest.mark.parametrize("which", ["U", "V"])
-def test_a_gradient_that_is_not_finite_costs_one_perturbation_and_no_more(number, which):
-    layer = P4Inv(N, bias=False, seed=1)
+@pytest.mark.parametrize(("which", "rank"), [("U", 1), ("V", 1), ("U", 2), ("U", N)])
+def test_a_gradient_that_is_not_finite_costs_one_perturbation_and_no_more(number, which, rank):
+    layer = P4Inv(N, rank=rank, bias=False, seed=1)
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
     scheduler = MergeScheduler(layer, optimizer, every=4)
     for step in range(40):

@@ -1,0 +1,108 @@
+"""What InvertibleLinear does not follow: out of bounds, singular, not finite."""
+
+import copy
+import math
+
+import pytest
+import torch
+from registry import matrix
+
+from p4flows import InvertibleLinear, MergeOutcome, MergeScheduler
+
+N = 8
+
+
+def ahead(scale=0.1, n=N, dtype=torch.float64, **options):
+    """A layer whose weight is ahead of its A by noise."""
+    layer = InvertibleLinear(n, **{"init": matrix(n), "dtype": dtype} | options)
+    with torch.no_grad():
+        layer.weight.add_(scale * torch.randn(n, n, dtype=torch.float64))
+    return layer
+
+
+def assert_right(layer, tolerance=1e-11):
+    """A, its inverse and its determinant belong together."""
+    A = layer.A.double()
+    sign, logabsdet = torch.linalg.slogdet(A)
+    assert (A @ layer.A_inv.double() - torch.eye(len(A), dtype=torch.float64)).abs().max() < tolerance
+    assert abs(layer.logabsdet_A - logabsdet) < tolerance
+    assert layer.sign_A == sign
+
+
+def test_bounds_let_a_part_through():
+    layer = ahead(0, init=torch.eye(N), bounds_det=(-1.0, 1.0))
+    with torch.no_grad():
+        layer.weight.mul_(1.2)  # ln|det| = 8 ln 1.2 = 1.46
+    assert layer.merge() == MergeOutcome.PARTIAL
+    assert 0.4 < layer.logabsdet_A <= 1
+    torch.testing.assert_close(layer.lag, torch.linalg.matrix_norm(layer.weight - layer.A) / layer.A.norm())
+    for _ in range(20):
+        outcome = InvertibleLinear.merge_all([layer])
+    assert outcome == MergeOutcome.SKIPPED_DETERMINANT
+    assert 0.9 < layer.logabsdet_A <= 1
+    assert_right(layer)
+    before = copy.deepcopy(layer)
+    assert layer.merge() == MergeOutcome.SKIPPED
+    assert torch.equal(layer.A, before.A)
+    assert layer.merge(force=True) == MergeOutcome.FORCED
+    torch.testing.assert_close(layer.logabsdet_A.item(), N * math.log(1.2))
+    assert layer.lag < 1e-14
+
+
+def test_a_crossing_that_is_out_of_bounds_is_forced():
+    layer = InvertibleLinear(3, rank=1, bounds_update=(0.0, None), dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight[2, 2] = -0.3
+    assert InvertibleLinear.merge_all([layer]) == MergeOutcome.SKIPPED_UPDATE
+    assert layer.sign_A == 1
+    assert layer.merge(force=True) == MergeOutcome.FORCED
+    assert layer.sign_A == -1
+    assert_right(layer)
+
+
+def test_a_singular_weight_is_approached_and_never_reached():
+    layer = InvertibleLinear(3, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(torch.diag(torch.tensor([1.0, 1.0, 0.0])))
+    for i in range(40):
+        layer.merge(force=i % 10 == 9)
+        assert all(buffer.isfinite().all() for buffer in layer.buffers())
+        torch.testing.assert_close(layer.A @ layer.A_inv, torch.eye(3).double(), atol=1e-9, rtol=0)
+    assert layer.lag < 1e-6
+    with pytest.raises(ValueError, match="weight: expected invertible"):
+        layer.settle()
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("n", [N, 140])
+def test_a_weight_that_is_not_finite_is_never_followed(number, force, n):
+    layer, other = ahead(0.01, n=n), ahead(0.01, n=n)
+    with torch.no_grad():
+        layer.weight[1, 2] = number
+    before = copy.deepcopy(layer)
+    outcomes = InvertibleLinear.merge_all([layer, other], force)
+    assert outcomes.tolist() == [MergeOutcome.SKIPPED_NOT_FINITE, MergeOutcome.MERGED]
+    assert layer.merge(force) == MergeOutcome.SKIPPED
+    for name, value in layer.tracked.state_dict().items():
+        assert torch.equal(value, before.tracked.state_dict()[name]), name
+    assert torch.equal(layer.directions, before.directions)
+    with pytest.raises(ValueError, match="weight: expected invertible"):
+        layer.settle()
+    layer.reset()
+    assert layer.lag == 0
+    assert layer.merge() == MergeOutcome.MERGED
+
+
+def test_a_scheduler_says_that_a_weight_is_not_finite():
+    layer = ahead()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    scheduler = MergeScheduler(layer, optimizer)
+    scheduler.step()
+    with torch.no_grad():
+        layer.weight[0, 0] = math.nan
+    with pytest.warns(UserWarning, match="a weight is not finite"):
+        scheduler.step()
+    scheduler.step()  # which says it once
+    assert scheduler.counters["skipped_not_finite"] == 2
+    assert scheduler.counters["merged"] == 1
