@@ -97,8 +97,8 @@ class MergeScheduler(Rounds):
     Warns:
         UserWarning: if the model has no P4 layer; if more than a tenth of the merges of a hundred rounds were skipped;
             if a weight is not finite; if the optimizer takes 200 steps and :meth:`step` is not called; if the layers
-            get gradients 500 times and no step is seen; if :meth:`step` is called although it is attached; and if
-            another attached scheduler's layers are taken over.
+            get gradients 500 times and no step is seen; if :meth:`step` is called although it is attached; and if the
+            layers of another attached scheduler, whose optimizer lives, are taken over.
 
     >>> import torch
     >>> from p4flows import P4Inv
@@ -244,7 +244,7 @@ class MergeScheduler(Rounds):
             if other is self or not isinstance(other, MergeScheduler) or not getattr(other, what):
                 continue
             if any(id(p) in mine for layer in other._found().values() for p in layer.perturbation):
-                if other.attached:
+                if other.attached and other.optimizer is not None:  # otherwise its training has ended
                     message = f"another MergeScheduler serves these layers; it is detached: {other!r}"
                     warnings.warn(message, stacklevel=4)
                 other.detach()
