@@ -60,8 +60,9 @@ class MergeScheduler(Rounds):
     Args:
         model: any module; its P4 layers are found at any depth. Layers whose perturbation does not require
             gradients are frozen, and left alone until they are unfrozen; layers that are added later are found.
-        optimizer: the optimizer that trains them. When another optimizer steps on the layers later, an attached
-            scheduler goes on with that one.
+        optimizer: the optimizer that trains them, or None for whichever steps on them. When another optimizer steps on
+            the layers later, the scheduler goes on with that one; where several train different layers, the steps of
+            each are counted for its own.
         every: N, the number of optimizer steps between merges. None for what each kind of layer asks for
             (``merge_every``): 10 for P4Inv and P4Linear, 1 for InvertibleLinear.
         force_every: every so many merges the bounds are ignored, so that the determinant can cross zero
@@ -77,9 +78,12 @@ class MergeScheduler(Rounds):
         add_penalty: add the gradient of :meth:`penalty` to the parameters' gradients just before each optimizer step,
             for training loops whose loss is out of reach. Otherwise add :meth:`penalty` to the loss yourself, or not.
 
-    The state of other parameters is never touched. Works for every optimizer of ``torch.optim`` whose state starts
-    from known values (SGD, Adam, AdamW, AMSGrad, RMSprop, NAdam, ..., fused and foreach too), before its first step
-    as well.
+    The state of other parameters is never touched. Works for every optimizer of ``torch.optim`` (LBFGS excepted), fused
+    and foreach too, before its first step as well; for Lion; and for what wraps one of them, such as SAM, accelerate's
+    ``prepare()`` and ZeroRedundancyOptimizer. Merges come after the outermost step. The second copy of the weights of
+    schedule-free optimizers is moved along if the perturbation has full rank, P4Inv(n, rank=n). InvertibleLinear works
+    with any optimizer; but what an optimizer changes between steps reaches its A at the next merge only: call
+    :meth:`merge` after the ``eval()`` of a schedule-free one.
 
     :attr:`counters` tell what became of the merges. When ``skipped_determinant`` grows, the layers were given
     ``bounds_det`` that their determinants have rightly left: widen them or leave them out. When ``skipped_update``
@@ -87,12 +91,14 @@ class MergeScheduler(Rounds):
     ``add_penalty``. ``skipped_range`` and ``resets`` are signs of a training that diverges.
 
     Raises:
-        ValueError: for intervals below 1, an unknown ``reset``, or an optimizer that lacks a perturbation.
+        ValueError: for intervals below 1, an unknown ``reset``, an optimizer that lacks a perturbation, one whose state
+            a merge would make wrong, and parameters that are sharded over processes (FSDP): here, or at the first step.
 
     Warns:
-        UserWarning: if the model has no P4 layer to train; if more than a tenth of the merges of a hundred rounds were
-            skipped; if a weight is not finite; if the optimizer takes 200 steps and :meth:`step` is not called; and if
-            another attached scheduler's layers are taken over.
+        UserWarning: if the model has no P4 layer; if more than a tenth of the merges of a hundred rounds were skipped;
+            if a weight is not finite; if the optimizer takes 200 steps and :meth:`step` is not called; if the layers
+            get gradients 500 times and no step is seen; if :meth:`step` is called although it is attached; and if the
+            layers of another attached scheduler, whose optimizer lives, are taken over.
 
     >>> import torch
     >>> from p4flows import P4Inv
@@ -199,7 +205,10 @@ class MergeScheduler(Rounds):
         if self._clocks.of([optimizer]) is not None:
             return True
         ids = held(optimizer)
-        return any(id(p) in ids for layer in self._found().values() for p in layer.perturbation)
+        try:
+            return any(id(p) in ids for layer in self._found().values() for p in layer.perturbation)
+        except RuntimeError:  # another thread is building the model at this moment
+            return False
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Add the gradient of the penalty, if that was asked for."""
@@ -235,7 +244,7 @@ class MergeScheduler(Rounds):
             if other is self or not isinstance(other, MergeScheduler) or not getattr(other, what):
                 continue
             if any(id(p) in mine for layer in other._found().values() for p in layer.perturbation):
-                if other.attached:
+                if other.attached and other.optimizer is not None:  # otherwise its training has ended
                     message = f"another MergeScheduler serves these layers; it is detached: {other!r}"
                     warnings.warn(message, stacklevel=4)
                 other.detach()

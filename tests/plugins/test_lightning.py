@@ -7,7 +7,7 @@ from registry import N, matrix
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("lightning")
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
     from lightning.pytorch.plugins.precision import MixedPrecision
 
@@ -15,7 +15,7 @@ with warnings.catch_warnings():
 
 from torch import nn
 
-from p4flows import InvertibleLinear, P4Inv
+from p4flows import InvertibleLinear, MergeScheduler, P4Inv
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -252,3 +252,21 @@ def test_a_training_that_breaks_off_leaves_no_scheduler_behind(tmp_path):
     assert not first.scheduler.attached
     fit(module, second, 1, tmp_path)
     assert [int(layer.merges) for layer in module.layers] == [5 + 12, 5 + 12]
+
+
+def test_a_scheduler_may_be_given_an_optimizer_of_lightning(tmp_path):
+    class ByHand(Module):
+        automatic_optimization = False
+
+        def on_train_start(self):
+            self.scheduler = MergeScheduler(self, self.optimizers(), every=3).attach()
+
+        def training_step(self, batch, index):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, index))
+            optimizer.step()
+
+    module = ByHand()
+    fit(module, Callback(), 1, tmp_path)
+    assert [int(layer.merges) for layer in module.layers] == [4, 4]

@@ -508,6 +508,21 @@ def test_the_second_attached_scheduler_takes_the_place_of_the_first():
     assert merges([*layers, *other]) == [4, 4]
 
 
+def test_the_next_training_may_have_a_scheduler_of_its_own():
+    layers = model(1)
+    for _ in range(3):
+        optimizer = torch.optim.Adam(layers.parameters(), lr=1e-3)
+        scheduler = MergeScheduler(layers, optimizer, every=2).attach()
+        train(layers, optimizer, 4)
+        assert scheduler.steps == 4
+    assert merges(layers) == [6]
+    del optimizer
+    for _ in range(2):  # the same cell twice
+        attach_on_first_step(layers, every=1)
+    train(layers, torch.optim.Adam(layers.parameters(), lr=1e-3), 2)
+    assert merges(layers) == [8]
+
+
 def test_an_attached_scheduler_is_not_stepped_twice():
     layers = model(1)
     optimizer = torch.optim.SGD(layers.parameters(), lr=1e-3)
@@ -617,3 +632,17 @@ def test_the_first_version_of_the_state_is_read():
     for _ in range(2):
         scheduler.step()
     assert scheduler.rounds == 5
+
+
+def test_a_step_does_not_walk_through_the_model(monkeypatch):
+    """With a thousand modules a walk takes longer than all else that a scheduler does in a step without merges."""
+    layers = nn.ModuleList([P4Inv(N, rank=1), *(nn.Linear(1, 1) for _ in range(20))])
+    optimizer = torch.optim.SGD(layers.parameters(), lr=1e-3)
+    scheduler = MergeScheduler(layers, optimizer, every=1).attach()
+    train(layers[:1], optimizer, 1)
+    walks = []
+    named_modules = nn.Module.named_modules
+    monkeypatch.setattr(nn.Module, "named_modules", lambda *a, **k: walks.append(a) or named_modules(*a, **k))
+    train(layers[:1], optimizer, 5)
+    assert scheduler.steps == 6
+    assert not walks
