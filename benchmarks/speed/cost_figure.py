@@ -14,6 +14,7 @@ __all__ = ["draw"]
 _EMPHASIS = {
     "P4Inv rank 1": ("#1b7837", "-", 2.6),
     "P4Inv rank 8": ("#7fbf7b", "-", 2.0),
+    "InvertibleLinear": ("#e08214", "-", 2.6),
     "limit": ("#000000", ":", 1.5),
     "bgflow InvertiblePPPP": ("#762a83", "-", 1.8),
 }

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from p4flows import P4Inv
+from p4flows import InvertibleLinear, P4Inv
 
 __all__ = ["METHODS", "Evaluation"]
 
@@ -35,6 +35,11 @@ def _p4inv(rank: int) -> Callable[[int, torch.device], tuple[Evaluation, Evaluat
         return _training(layer, layer), _training(layer, layer.inverse)
 
     return make
+
+
+def _invertible_linear(n: int, device: torch.device) -> tuple[Evaluation, Evaluation]:
+    layer = InvertibleLinear(n, device=device)
+    return _training(layer, layer), _training(layer, layer.inverse)
 
 
 def _limit(n: int, device: torch.device) -> tuple[Evaluation, Evaluation]:
@@ -136,6 +141,7 @@ def _bgflow(n: int, device: torch.device) -> tuple[Evaluation, Evaluation]:
 METHODS: dict[str, Callable[[int, torch.device], tuple[Evaluation, Evaluation]]] = {
     "P4Inv rank 1": _p4inv(1),
     "P4Inv rank 8": _p4inv(8),
+    "InvertibleLinear": _invertible_linear,
     "limit": _limit,
     "nn.Linear": _linear,
     "dense inv": _dense("inverse"),

@@ -17,7 +17,7 @@ from benchmarks.harness.bgflow_checkout import find_bgflow
 from benchmarks.harness.environment import save
 from benchmarks.paper.realnvp import real_nvp
 from p4flows import BentIdentity, MergeScheduler, P4Inv, P4InvStack
-from p4flows.nflows import replace_permutations
+from p4flows.nflows import InvertibleLinear, P4InvLinear, replace_permutations
 
 __all__ = ["FILES", "add_arguments", "run", "table"]
 
@@ -76,10 +76,6 @@ def _training(model: nn.Module, apply: Callable[[Tensor], tuple[Tensor, Tensor]]
     return step
 
 
-def _merges(model: nn.Module, optimizer: torch.optim.Optimizer) -> MergeScheduler:
-    return MergeScheduler(model, optimizer, every=10)
-
-
 class _Tenth:
     """bgflow's scheduler merges at every call."""
 
@@ -108,14 +104,14 @@ def _in_turn(layers: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor]:
 def _stacks(args: Namespace) -> dict[str, Step]:
     x = torch.randn(200, 2)
     layers = nn.ModuleList(P4Inv(2, rank=1, seed=i) for i in range(args.depth))
-    jobs = {"P4InvStack": _training(stack := P4InvStack(2, args.depth, 1), stack, x, _merges)}
+    jobs = {"P4InvStack": _training(stack := P4InvStack(2, args.depth, 1), stack, x, MergeScheduler)}
     if args.compile:
         stack = P4InvStack(2, args.depth, 1)
-        jobs["P4InvStack, compiled"] = _training(stack, torch.compile(stack, fullgraph=True), x, _merges)
-    jobs["separate P4Inv"] = _training(layers, lambda x: _in_turn(layers, x), x, _merges)
+        jobs["P4InvStack, compiled"] = _training(stack, torch.compile(stack, fullgraph=True), x, MergeScheduler)
+    jobs["separate P4Inv"] = _training(layers, lambda x: _in_turn(layers, x), x, MergeScheduler)
     for models in args.models:
         stack = P4InvStack(2, args.depth, 1, models=models)
-        jobs[f"P4InvStack, {models} models"] = _training(stack, stack, x.expand(models, -1, -1), _merges)
+        jobs[f"P4InvStack, {models} models"] = _training(stack, stack, x.expand(models, -1, -1), MergeScheduler)
     if find_bgflow():
         from bgflow import InvertiblePPPP, PPPPScheduler
 
@@ -127,14 +123,18 @@ def _stacks(args: Namespace) -> dict[str, Step]:
 def _flows(args: Namespace) -> dict[str, Step]:
     x = torch.randn(256, 60)
     jobs = {}
-    for name, swaps in (("RealNVP", False), ("RealNVP + P4Inv", True)):
+    for name, swap, rank in (
+        ("RealNVP", None, None),
+        ("RealNVP + P4Inv", P4InvLinear, 1),
+        ("RealNVP + InvertibleLinear", InvertibleLinear, None),
+    ):
         for compiled in (False, True) if args.compile else (False,):
             flow = real_nvp(60, args.couplings)
-            if swaps:
-                replace_permutations(flow, rank=1)
+            if swap:
+                replace_permutations(flow, rank, layer=swap)
             transform = flow._transform
             function = torch.compile(transform, fullgraph=True) if compiled else transform
-            scheduler = _merges if swaps else lambda model, optimizer: None
+            scheduler = MergeScheduler if swap else lambda model, optimizer: None
             jobs[f"{name}, compiled" if compiled else name] = _training(transform, function, x, scheduler)
     return jobs
 
