@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from concurrent.futures import Executor
@@ -64,8 +65,8 @@ PROBLEMS = {
     "digits": Problem({2: 3, 4: 3, 8: 2, 16: 1}),
     "image-patches": Problem({2: 3, 4: 3, 8: 2, 16: 1}),
     "breast-cancer": Problem({2: 3, 4: 3, 8: 2, 16: 1}),
-    # The nets of the paper. Its own depth, 50 couplings, is for `alanine_dipeptide`.
-    "alanine-dipeptide": Problem({2: 2, 8: 1}, nets_searched=2, steps=1_000, batch=256, hidden=60),
+    # The nets and, at last, the depth of the paper.
+    "alanine-dipeptide": Problem({2: 2, 8: 1, 16: 1, 50: 1}, nets_searched=2, steps=1_000, batch=256, hidden=60),
 }
 
 
@@ -125,47 +126,49 @@ def _choose_rates(pool: Executor, folder: Path, base: dict[str, Any], nets: bool
     """For every mix the learning rates with the lowest validation NLL of seed 0, and what was tried.
 
     With a permutation there is that of the networks. For a learned mix that of the mix is chosen first, with 0.001 for
-    the networks, and then that of the networks if ``nets``.
+    the networks; then, if ``nets``, that of the networks, that of the mix again, and so on until neither changes.
     """
     name = f"{base['data']}, {base['couplings']} couplings"
     fixed = {mix: {**base, **MIXES[mix], "seed": 0} for mix in _FIXED}
-    chosen = _search(pool, folder, fixed, "net_rate", f"{name}, networks")
     learned = {mix: {**base, **MIXES[mix], "seed": 0, "net_rate": _RATES[0]} for mix in _LEARNED}
-    first = _search(pool, folder, learned, "mix_rate", f"{name}, mixes")
-    for mix in _LEARNED:
-        learned[mix] |= first[mix]["rates"]
-    if not nets:
-        return chosen | {
-            mix: {**first[mix], "rates": {**first[mix]["rates"], "net_rate": _RATES[0]}} for mix in _LEARNED
-        }
-    second = _search(pool, folder, learned, "net_rate", f"{name}, networks of mixes", beyond=False)
-    for mix in _LEARNED:
-        tried = {"mix_rate": first[mix]["tried"], "net_rate": second[mix]["tried"]}
-        chosen[mix] = {"rates": first[mix]["rates"] | second[mix]["rates"], "tried": tried}
-    return chosen
+    chosen = _descend(pool, folder, fixed, ("net_rate",), name)
+    return chosen | _descend(pool, folder, learned, ("mix_rate", "net_rate") if nets else ("mix_rate",), name)
+
+
+def _descend(
+    pool: Executor, folder: Path, settings: dict[str, dict[str, Any]], options: tuple[str, ...], title: str
+) -> dict[str, dict[str, Any]]:
+    """Coordinate descent on the grid, for each mix until no option changes any more."""
+    tried: dict[str, dict[str, dict[str, float]]] = {mix: {} for mix in settings}
+    settled = dict.fromkeys(settings, 0)  # searches since an option last changed
+    for option in itertools.cycle(options):
+        moving = {mix: setting for mix, setting in settings.items() if settled[mix] < len(options)}
+        if not moving:
+            break
+        for mix, found in _search(pool, folder, moving, option, f"{title}, {option}").items():
+            best = min(found, key=found.get)
+            settled[mix] = settled[mix] + 1 if settings[mix].get(option) == best else 1
+            settings[mix][option] = best
+            tried[mix][option] = {f"{rate:g}": nll for rate, nll in sorted(found.items())}
+    return {
+        mix: {"rates": {name: setting[name] for name in ("mix_rate", "net_rate") if name in setting}, "tried": tried[mix]}
+        for mix, setting in settings.items()
+    }
 
 
 def _search(
-    pool: Executor,
-    folder: Path,
-    settings: dict[str, dict[str, Any]],
-    option: str,
-    title: str,
-    beyond: bool = True,
-) -> dict[str, dict[str, Any]]:
+    pool: Executor, folder: Path, settings: dict[str, dict[str, Any]], option: str, title: str
+) -> dict[str, dict[float, float]]:
+    """The validation NLL of every mix by the rate, on the grid, and beyond it where the best is at its edge."""
     tried: dict[str, dict[float, float]] = {mix: {} for mix in settings}
     wanted = [(mix, rate) for mix in settings for rate in _RATES]
     while wanted:
         results = train_all(pool, folder, [{**settings[mix], option: rate} for mix, rate in wanted], title)
         for (mix, rate), result in zip(wanted, results, strict=True):
             tried[mix][rate] = result["validation"]
-        best = {mix: min(found, key=found.get) for mix, found in tried.items()}
-        further = {mix: _BEYOND.get(rate) for mix, rate in best.items()} if beyond else {}
-        wanted = [(mix, rate) for mix, rate in further.items() if rate and rate not in tried[mix]]
-    return {
-        mix: {"rates": {option: best[mix]}, "tried": {f"{rate:g}": nll for rate, nll in sorted(found.items())}}
-        for mix, found in tried.items()
-    }
+        further = [(mix, _BEYOND.get(min(found, key=found.get))) for mix, found in tried.items()]
+        wanted = [(mix, rate) for mix, rate in further if rate and rate not in tried[mix]]
+    return tried
 
 
 def _add_equal_time(
