@@ -77,6 +77,9 @@ class P4Layer(nn.Module, ABC):
     merge_every: int = 10
     """The merge interval N that a :class:`p4flows.MergeScheduler` uses where it is given none."""
 
+    look_every: int = 1
+    """After how many rounds of plain merges a scheduler calls ``correct_all(..., where_needed=True)``."""
+
     @property
     @abstractmethod
     def perturbation(self) -> tuple[nn.Parameter, ...]:

@@ -7,6 +7,7 @@ for later, as in PowerSGD (Vogels, Karimireddy, Jaggi 2019, arXiv:1905.13727).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -23,10 +24,12 @@ __all__ = ["follow_"]
 # Parts of an update that are tried where the whole is not sane; the rest stays in E.
 _PARTS = (0.5, 0.25, 0.125)
 
-# A follows by up to four updates at a time while ‖W - A‖ is more than 2 % of ‖A‖, as estimated from four vectors; 10 %
-# for wide matrices, which training moves by less in a step, and for which an update is a good part of the step.
-_ROUNDS, _NEAR, _NEAR_WIDE, _PROBES = 4, 0.02, 0.1, 4
+# A follows by up to four updates at a time while ‖W - A‖ is more than 2 % of ‖A‖; 10 % for wide matrices, which
+# training moves by less in a step, and for which an update is a good part of the step.
+_ROUNDS, _NEAR, _NEAR_WIDE = 4, 0.02, 0.1
 _WIDE = 128
+
+_BLOCK = 2**20  # entries of a matrix that are subtracted at a time
 
 # A direction with less than this of the largest one is rounding.
 _NEGLIGIBLE = 1e-10
@@ -60,9 +63,9 @@ def _update(
 
     Returns the outcomes, and ``‖W - A‖ / ‖A‖`` after it, (L,); they mean nothing for the others.
     """
-    P, Q, EX, AX = _best_directions(state)
+    P, Q, norm_E, norm_A = _best_directions(state)
     size = torch.linalg.matrix_norm(Q)  # no entry of P Qᵀ is larger, as P has orthonormal columns
-    finite = which & size.isfinite() & torch.linalg.matrix_norm(P).isfinite()
+    finite = which & size.isfinite()
     if not finite.is_cpu or not finite.all():
         P, Q = (torch.where(finite[:, None, None], M, 0) for M in (P, Q))
     W, C, Z = algebra.merge_products(state.A_inv, P, Q)
@@ -86,8 +89,9 @@ def _update(
     if not accepted.is_cpu or accepted.any():
         scale = part[:, None, None]
         update_(state, accepted, scale * P, Q, scale * W, K, found)
-    taken_part = torch.where(accepted, part, 0)[:, None, None]
-    EX = EX - taken_part * (P @ (Q.mT @ _probes(Q.shape[-2], _PROBES, Q.device)))
+    # ‖E - t P Pᵀ E‖² = ‖E‖² - (2t - t²) ‖Pᵀ E‖² for the part t that was taken.
+    part = torch.where(accepted, part, 0)
+    lag = (norm_E.square() - (2 - part) * part * size.square()).clamp(min=0).sqrt() / norm_A
     directions = state.own["directions"]
     # Normalised, since half precision would lose what is small. Where E has fewer than k directions, others are
     # looked for from random ones: zeros would never find anything again.
@@ -95,29 +99,36 @@ def _update(
     found_some = norm > _NEGLIGIBLE * norm.amax(-1, keepdim=True)
     Q = torch.where(found_some, Q / norm, _probes(*Q.shape[-2:], Q.device))
     directions.copy_(torch.where(finite[:, None, None], Q, directions))
-    lag = torch.linalg.matrix_norm(EX) / torch.linalg.matrix_norm(AX)
     taken = torch.where(part < 1, int(MergeOutcome.PARTIAL), int(MergeOutcome.MERGED))
     taken = taken.where(sane, int(MergeOutcome.FORCED))
     return taken.where(accepted, found.reason).where(finite, int(MergeOutcome.SKIPPED_NOT_FINITE)), lag
 
 
 def _best_directions(state: Matrices) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """P (L, n, k) with orthonormal columns and Q = Eᵀ P (L, n, k); E X and A X for the probes X; in float64."""
+    """P (L, n, k) with orthonormal columns, Q = Eᵀ P (L, n, k), ‖E‖ and ‖A‖ (L,), in float64."""
     W, Q = state.own["weight"], state.own["directions"]
-    k = Q.shape[-1]
     if state.rounded_A is None:
-        X = _probes(Q.shape[-2], _PROBES, Q.device)
         E = W.double() - state.A
         P = torch.linalg.qr(E @ Q.double()).Q
-        return P, E.mT @ P, E @ X, state.A @ X
-    # For a wide layer, products in its own precision with the rounded A: the error that this makes remains in E.
-    A, X = state.rounded_A, _probes(Q.shape[-2], _PROBES, Q.device).to(W.dtype)
-    both = torch.cat([Q, X.expand(len(Q), -1, -1)], -1).mT
-    AQ = (both @ A.mT).mT.double()
-    EQ = (both @ W.mT).mT.double() - AQ
-    P = torch.linalg.qr(EQ[..., :k]).Q
-    rounded = P.to(W.dtype).mT
-    return P, (rounded @ W - rounded @ A).mT.double(), EQ[..., k:], AQ[..., k:]
+        return P, E.mT @ P, torch.linalg.matrix_norm(E), torch.linalg.matrix_norm(state.A)
+    # For a wide layer in its own precision, with the rounded A: the error that this makes remains in E.
+    W, A = W[0], state.rounded_A[0]
+    rows = max(1, _BLOCK // len(A)) if W.is_cpu else len(A)
+    memory = torch.empty_like(A[:rows])
+    EQ, norms = zip(*((E @ Q[0], torch.linalg.vector_norm(E)) for E in _difference(W, A, memory)), strict=True)
+    P = torch.linalg.qr(torch.cat(EQ)[None].double()).Q
+    QT = torch.zeros_like(Q[0].mT)
+    for p, E in zip(P[0].to(W.dtype).split(rows), _difference(W, A, memory), strict=True):
+        QT.addmm_(p.mT, E)
+    norm_E, norm_A = torch.linalg.vector_norm(torch.stack(norms)), torch.linalg.vector_norm(A)
+    return P, QT.mT[None].double(), norm_E[None].double(), norm_A[None].double()
+
+
+def _difference(W: Tensor, A: Tensor, memory: Tensor) -> Iterator[Tensor]:
+    """W - A by blocks of rows, one after the other in ``memory``: while it is in the cache, a product costs less than
+    two would with W and with A."""
+    for w, a in zip(W.split(len(memory)), A.split(len(memory)), strict=True):
+        yield torch.sub(w, a, out=memory[: len(w)])
 
 
 @lru_cache(maxsize=64)

@@ -52,8 +52,14 @@ class Merging:
         return known[1]
 
     @torch.no_grad()
-    def merge(self, group: Group, optimizers: Sequence[Optimizer], reset: str, force: bool, correct: bool) -> None:
-        """Merge a group, whose parameters these optimizers step on."""
+    def merge(
+        self, group: Group, optimizers: Sequence[Optimizer], reset: str, force: bool, correct: bool, look: bool
+    ) -> None:
+        """Merge a group, whose parameters these optimizers step on.
+
+        ``correct`` is whether all inverses are corrected afterwards; ``look`` whether those are that need it, which is
+        found out in any case after a merge that was not a plain one.
+        """
         layers, kind = group.layers, type(group.layers[0])
         redrawn, zeroed = ([StateReset(optimizers, c) for c in columns] for columns in (group.redrawn, group.zeroed))
         for state in redrawn + zeroed:
@@ -67,7 +73,8 @@ class Merging:
             new = [torch.stack(column) for column in group.redrawn[: len(old)]]
             moves = [kind.carried(*pair) for pair in zip(old, new, strict=True)]
             _carry_over(redrawn, zeroed, outcomes, moves, reset)
-        if correct or waits or changed.any():
+        look = look and bool(waits or changed.any())
+        if correct or look or (not waits and (changed & (outcomes != MergeOutcome.MERGED)).any()):
             self.tally.count_corrections(kind.correct_all(layers, where_needed=not correct))
 
 

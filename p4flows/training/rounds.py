@@ -170,5 +170,6 @@ class Rounds:
                     every is not None and clock.rounds[interval] % every == 0
                     for every in (self.force_every, self.correct_every)
                 )
-                self._merging.merge(group, optimizers, self.reset, force, correct)
+                look = clock.rounds[interval] % group.layers[0].look_every == 0
+                self._merging.merge(group, optimizers, self.reset, force, correct, look)
         self._tally.end_round()

@@ -68,8 +68,8 @@ class MergeScheduler(Rounds):
         force_every: every so many merges the bounds are ignored, so that the determinant can cross zero
             (Appendix B). None for never.
         correct_every: every so many merges all inverses are corrected, as the paper does (50), see
-            :meth:`P4Inv.correct`. None for only where it is needed: after every round of merges an O(n²) estimate of
-            the residual says where that is, and there they are corrected at once, whatever this is set to.
+            :meth:`P4Inv.correct`. None for only where it is needed: after every round of merges (of InvertibleLinear,
+            every tenth) an O(n²) estimate of the residual says where, and there they are corrected at once in any case.
         reset: what becomes of the optimizer's state when a layer has merged. "momentum": the first moments of U and V,
             which belong to the old V, are moved to the new V as far as its directions were covered by the old, and
             otherwise start from zero; second moments and step counts stay, as they say how large gradients are,
