@@ -13,7 +13,10 @@ from benchmarks.paper.boltzmann import Samples
 
 __all__ = ["draw"]
 
-_COLORS = {"MD": "#444444", "MD + 0.004 nm": "#e08214", "RealNVP": "#2166ac", "RealNVP + P4Inv": "#1b7837"}
+_COLORS = {"MD": "#444444", "MD + 0.004 nm": "#e08214"}
+_COLORS |= dict.fromkeys(("RealNVP", "splines"), "#2166ac") | dict.fromkeys(
+    ("RealNVP + P4Inv", "splines + P4Inv"), "#1b7837"
+)
 
 
 def draw(samples: dict[str, Samples], rows: dict[str, Any], path: Path, stages: tuple[str, ...] = ()) -> Path:

@@ -1,4 +1,4 @@
-"""The main job: alanine dipeptide by two RealNVPs on the same data, with fixed and with learned swaps."""
+"""The main job: alanine dipeptide by two flows of splines on the same data, with fixed and with learned swaps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.harness.threads import one_thread
 from benchmarks.paper.boltzmann import PERTURBATION, TEMPERATURE, describe, load_data, measure
 from benchmarks.paper.boltzmann_figure import draw
 from benchmarks.paper.boltzmann_training import Stage, train
-from benchmarks.paper.realnvp import real_nvp
+from benchmarks.paper.splines import spline_flow
 from p4flows.nflows import replace_permutations
 
 __all__ = ["COMMITTED", "FILES", "KEPT", "add_arguments", "run", "table"]
@@ -27,16 +27,16 @@ COMMITTED = False
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, default=60_000, help="MD frames, 0.1 ps apart")
-    parser.add_argument("--couplings", type=int, default=8, help="coupling layers")
-    parser.add_argument("--steps", type=int, default=4_000, help="training steps of each flow")
-    parser.add_argument("--rank", type=int, help="rank of the perturbations (default: that of the layer)")
+    parser.add_argument("--couplings", type=int, default=6, help="coupling layers")
+    parser.add_argument("--steps", type=int, default=2_000, help="training steps of each flow")
+    parser.add_argument("--batch", type=int, default=512, help="frames in a training step")
     parser.add_argument("--samples", type=int, default=10_000, help="samples drawn")
     parser.add_argument("--seed", type=int, default=0, help="of data, networks and training")
 
 
 @one_thread()
 def run(args: Namespace) -> dict[str, Any]:
-    settings = {name: getattr(args, name) for name in ("frames", "couplings", "steps", "rank", "samples", "seed")}
+    settings = {name: getattr(args, name) for name in ("frames", "couplings", "steps", "batch", "samples", "seed")}
     data = load_data(args.frames, seed=args.seed)
     training_data, md = data.samples(data.frames), data.samples(data.test_frames)
     noise = torch.randn(data.test_frames.shape, generator=torch.Generator().manual_seed(args.seed))
@@ -48,14 +48,14 @@ def run(args: Namespace) -> dict[str, Any]:
     }
     samples = {"MD": training_data, "MD + 0.004 nm": perturbed}
     flows, checkpoints = {}, []
-    for name in ("RealNVP", "RealNVP + P4Inv"):
+    for name in ("splines", "splines + P4Inv"):
         torch.manual_seed(args.seed)
-        flows[name] = flow = real_nvp(data.coordinates.n_coordinates, args.couplings)
-        if name != "RealNVP":
-            replace_permutations(flow, rank=args.rank, seed=args.seed)
+        flows[name] = flow = spline_flow(data.coordinates.n_coordinates, args.couplings)
+        if name != "splines":
+            replace_permutations(flow, seed=args.seed)
         # A run with other settings must not go on from here.
         checkpoints.append(args.kept / f"{name} {fingerprint(settings)}.pt")
-        stage = Stage(args.steps, schedule="cosine", seed=args.seed)
+        stage = Stage(args.steps, args.batch, schedule="cosine", seed=args.seed)
         training = train(flow, data, stage, name, checkpoints[-1])
         rows[name], samples[name] = measure(flow, data, md, args.samples, args.seed)
         rows[name] |= training
@@ -75,7 +75,7 @@ def _lines(path: Path) -> str:
     return f"""\
     import torch
     saved = torch.load({str(path)!r}, weights_only=False)
-    x, _ = saved["coordinates"].inverse(saved["RealNVP + P4Inv"].sample(1_000))"""
+    x, _ = saved["coordinates"].inverse(saved["splines + P4Inv"].sample(1_000))"""
 
 
 def table(results: dict[str, Any]) -> str:

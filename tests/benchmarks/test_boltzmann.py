@@ -62,9 +62,9 @@ def test_demo(monkeypatch, tmp_path, capsys):
         f"demo --frames 500 --steps 30 --couplings 2 --samples 100 --checkpoints {tmp_path / 'kept'}",
     )
     rows = results["rows"]
-    assert rows["RealNVP + P4Inv"]["parameters"] == rows["RealNVP"]["parameters"] + 2 * (60 * 60 + 60)
-    assert rows["RealNVP + P4Inv"]["counters"]["merged"] == 6
-    assert rows["RealNVP + P4Inv"]["round_trip"] < 1e-3
+    assert rows["splines + P4Inv"]["parameters"] == rows["splines"]["parameters"] + 2 * (60 * 60 + 60)
+    assert rows["splines + P4Inv"]["counters"]["merged"] == 6
+    assert rows["splines + P4Inv"]["round_trip"] < 1e-3
     assert rows["MD"]["low_energy_fraction"] == 1
     assert rows["MD + 0.004 nm"]["energy_median"] > rows["MD"]["energy_median"] + 15
     assert results["environment"]["versions"]["torch"]
@@ -77,7 +77,7 @@ def test_demo(monkeypatch, tmp_path, capsys):
     loaded = subprocess.run(
         [sys.executable, "-c", "\n".join([*lines, check])], cwd=README.parent, capture_output=True, text=True
     )
-    assert loaded.stdout.strip() == "['coordinates', 'RealNVP', 'RealNVP + P4Inv']", loaded.stderr
+    assert loaded.stdout.strip() == "['coordinates', 'splines', 'splines + P4Inv']", loaded.stderr
     assert not list((tmp_path / "kept").iterdir())
 
 
@@ -94,7 +94,7 @@ def test_the_demo_goes_on_where_it_was_interrupted(monkeypatch, tmp_path, capsys
     assert capsys.readouterr().err.endswith("\ninterrupted: the same command goes on from here\n")
     # With other settings nothing of this is used.
     other = call(monkeypatch, tmp_path, f"{command.replace('20', '15')} {tmp_path / 'b'}")
-    assert len(other["rows"]["RealNVP"]["curve"]) == 3
+    assert len(other["rows"]["splines"]["curve"]) == 3
     steps.clear()
     resumed = call(monkeypatch, tmp_path, f"{command} {tmp_path / 'b'}")["rows"]
     assert steps == [15]

@@ -153,7 +153,7 @@ def test_an_unwritable_file_or_folder_of_unfinished_runs_is_an_error_too(tmp_pat
     ("arguments", "sign"),
     [
         ("demo --frames 60000", "50/60000"),  # molecular dynamics
-        ("swaps --quick --data breast-cancer", "networks"),  # workers that are just starting
+        ("swaps --quick --data breast-cancer", "net_rate"),  # workers that are just starting
         ("mnist --parts parts", "trainings"),
     ],
 )
