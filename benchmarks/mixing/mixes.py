@@ -51,12 +51,12 @@ MIXES = (*PERMUTATIONS, "LU", "dense", *_P4)
 def put_between(
     flow: Flow, features: int, mix: str, rank: int | None = None, seed: int = 0, start: str = "reversed"
 ) -> Flow:
-    """Replace the reversed permutations of a flow by one of MIXES; those that are learned start as a permutation."""
+    """Replace the permutations of a flow by one of MIXES; those that are learned start as a permutation."""
     if mix not in MIXES:
         raise ValueError(f"mix: expected one of {', '.join(MIXES)}, got {mix!r}")
     transforms = flow._transform._transforms
     for i, transform in enumerate(transforms):
-        if isinstance(transform, ReversePermutation):
+        if isinstance(transform, Permutation):
             permutation = PERMUTATIONS[mix if mix in PERMUTATIONS else start](features)
             if mix == "LU":
                 transforms[i] = CompositeTransform([permutation, LULinear(features, identity_init=True)])

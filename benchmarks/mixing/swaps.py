@@ -37,6 +37,8 @@ _ROUNDS = 60
 class Problem:
     """Data and training; ``couplings`` says for how many of them, and with how many seeds.
 
+    With ``splines`` they are couplings of rational-quadratic splines, as in the `nsf` of sbi, and not those of RealNVP.
+
     Learning rates are chosen with up to ``searched`` couplings; deeper flows take those of ``searched``. With more than
     ``nets_searched`` the networks beside a learned mix keep 0.001.
     """
@@ -47,6 +49,8 @@ class Problem:
     steps: int = 400
     batch: int = 128
     hidden: int = 32
+    splines: bool = False
+    data: str | None = None  # the problem's name, if None
 
 
 # What :func:`benchmarks.mixing.mixes.put_between` makes of a name.
@@ -67,6 +71,8 @@ PROBLEMS = {
     "breast-cancer": Problem({2: 3, 4: 3, 8: 2, 16: 1}),
     # The nets and, at last, the depth of the paper.
     "alanine-dipeptide": Problem({2: 2, 8: 1, 16: 1, 50: 1}, nets_searched=2, steps=1_000, batch=256, hidden=60),
+    "digits, splines": Problem({4: 2}, nets_searched=0, splines=True, data="digits"),
+    "breast-cancer, splines": Problem({4: 2}, nets_searched=0, splines=True, data="breast-cancer"),
 }
 
 
@@ -87,15 +93,16 @@ def run(args: Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     relative: dict[tuple[str, int], dict[str, float]] = {}
     with pool_of(args.jobs) as pool:
-        for data in args.data:
-            problem = PROBLEMS[data]
+        for name in args.data:
+            problem = PROBLEMS[name]
             if args.quick:
                 problem = replace(problem, couplings={2: 1}, steps=20)
             couplings = [n for n in problem.couplings if n <= args.most_couplings]
             rates: dict[int, dict[str, Any]] = {}
             for n in couplings:
-                base = {"data": data, "couplings": n, "frames": frames}
-                base |= {name: getattr(problem, name) for name in ("steps", "batch", "hidden")}
+                base = {"data": problem.data or name, "couplings": n, "frames": frames}
+                base |= {key: getattr(problem, key) for key in ("steps", "batch", "hidden")}
+                base |= {"splines": True} if problem.splines else {}
                 if n <= problem.searched:
                     rates[n] = _choose_rates(pool, args.kept, base, n <= problem.nets_searched)
                 chosen = rates[max(c for c in rates if c <= problem.searched)]
@@ -104,17 +111,17 @@ def run(args: Namespace) -> dict[str, Any]:
                     for mix in MIXES
                     for seed in range(problem.couplings[n])
                 ]
-                names = [mix for mix in MIXES for _ in range(problem.couplings[n])]
-                measured = train_all(pool, args.kept, settings, f"{data}, {n} couplings, all seeds")
-                for name, setting, result in zip(names, settings, measured, strict=True):
-                    rows.append({**setting, "mix": name, **result})
+                mixes = [mix for mix in MIXES for _ in range(problem.couplings[n])]
+                measured = train_all(pool, args.kept, settings, f"{name}, {n} couplings, all seeds")
+                for mix, setting, result in zip(mixes, settings, measured, strict=True):
+                    rows.append({**setting, "data": name, "mix": mix, **result})
                     if setting["seed"] == 0 and n <= problem.searched:
-                        rows[-1]["tried"] = chosen[name]["tried"]
-        shapes = {(row["data"], row["couplings"]): row for row in rows}
-        for key, row in shapes.items() if args.equal_time else ():
-            relative[key] = _relative_times(args.kept, row)
+                        rows[-1]["tried"] = chosen[mix]["tried"]
         if args.equal_time:
-            _add_equal_time(pool, args.kept, rows, relative)
+            timed = [row for row in rows if "splines" not in row]
+            for key, row in {(row["data"], row["couplings"]): row for row in timed}.items():
+                relative[key] = _relative_times(args.kept, row)
+            _add_equal_time(pool, args.kept, timed, relative)
     times = [{"data": data, "couplings": n, "times": found} for (data, n), found in relative.items()]
     results = {"rows": rows, "relative_times": times, "claims": claims(rows)}
     path = save("swaps", results, args.out)
@@ -128,7 +135,7 @@ def _choose_rates(pool: Executor, folder: Path, base: dict[str, Any], nets: bool
     With a permutation there is that of the networks. For a learned mix that of the mix is chosen first, with 0.001 for
     the networks; then, if ``nets``, that of the networks, that of the mix again, and so on until neither changes.
     """
-    name = f"{base['data']}, {base['couplings']} couplings"
+    name = f"{base['data']}, {base['couplings']} couplings{', splines' * ('splines' in base)}"
     fixed = {mix: {**base, **MIXES[mix], "seed": 0} for mix in _FIXED}
     learned = {mix: {**base, **MIXES[mix], "seed": 0, "net_rate": _RATES[0]} for mix in _LEARNED}
     chosen = _descend(pool, folder, fixed, ("net_rate",), name)

@@ -19,6 +19,7 @@ from benchmarks.harness.parts import part
 from benchmarks.mixing.data import load
 from benchmarks.mixing.mixes import Dense, put_between
 from benchmarks.paper.realnvp import real_nvp
+from benchmarks.paper.splines import spline_flow
 from p4flows import MergeScheduler
 from p4flows.perturbation import P4Layer
 
@@ -71,17 +72,19 @@ def begin(
     mix_rate: float | None = None,
     rank: int | None = None,
     start: str = "reversed",
+    splines: bool = False,
     **merging: Any,
 ) -> tuple[Flow, Callable[[], None], MergeScheduler | None]:
     """A new flow on rows like x, what trains it by one step, and its merge scheduler.
 
     ``net_rate`` is the learning rate of the couplings' networks, ``mix_rate`` that of all that is learned between the
-    couplings; ``rank`` that of P4 layers; ``start`` the permutation that a learned mix starts from; ``merging`` are
-    options of MergeScheduler.
+    couplings; ``rank`` that of P4 layers; ``start`` the permutation that a learned mix starts from; with ``splines``
+    the couplings are not those of RealNVP; ``merging`` are options of MergeScheduler.
     """
     torch.manual_seed(seed)
     features = x.shape[1]
-    flow = put_between(real_nvp(features, couplings, hidden), features, mix, rank, seed, start)
+    flow = (spline_flow if splines else real_nvp)(features, couplings, hidden)
+    put_between(flow, features, mix, rank, seed, start)
     learned = [p for module in flow.modules() for p in _learned(module)]
     ids = {id(p) for p in learned}
     groups = [{"params": [p for p in flow.parameters() if id(p) not in ids and p.requires_grad]}]
