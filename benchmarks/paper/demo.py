@@ -29,7 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, default=60_000, help="MD frames, 0.1 ps apart")
     parser.add_argument("--couplings", type=int, default=6, help="coupling layers")
     parser.add_argument("--steps", type=int, default=2_000, help="training steps of each flow")
-    parser.add_argument("--batch", type=int, default=512, help="frames in a training step")
+    parser.add_argument("--batch", type=int, default=256, help="frames in a training step")
     parser.add_argument("--samples", type=int, default=10_000, help="samples drawn")
     parser.add_argument("--seed", type=int, default=0, help="of data, networks and training")
 
@@ -84,7 +84,6 @@ def table(results: dict[str, Any]) -> str:
         results["rows"],
         [
             ("trainable parameters", "parameters", "{:,}"),
-            ("ms per training step", "ms_per_step", "{:.1f}"),
             ("held-out NLL (nats)", "nll", "{:.2f}"),
             ("effective sample size", "ess", "{:.2%}"),
             ("largest weight's share", "largest_weight", "{:.1%}"),
