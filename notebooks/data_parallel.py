@@ -1,4 +1,4 @@
-"""P4Inv layers under DistributedDataParallel: run with ``torchrun --nproc-per-node 2 notebooks/data_parallel.py``.
+"""P4 layers under DistributedDataParallel: run with ``torchrun --nproc-per-node 2 notebooks/data_parallel.py``.
 
 Four things to know:
 
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from p4flows import MergeScheduler, P4Inv
-from p4flows.layers.perturbed import PerturbedInverse
+from p4flows import InvertibleLinear, MergeScheduler, P4Inv
+from p4flows.perturbation import P4Layer
 
 
 class BothDirections(nn.Module):
@@ -32,7 +32,9 @@ class BothDirections(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([P4Inv(features, rank=2, seed=1), P4Inv(features, init="orthogonal", seed=2)])
+        self.layers = nn.ModuleList(
+            [P4Inv(features, rank=2, seed=1), P4Inv(features, init="orthogonal", seed=2), InvertibleLinear(features)]
+        )
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
         total = 0
@@ -51,7 +53,7 @@ def differences(model: nn.Module) -> int:
     """The number of entries of the layers' tensors that are not those of rank 0, bit for bit."""
     count = 0
     for layer in model.modules():
-        if isinstance(layer, PerturbedInverse):
+        if isinstance(layer, P4Layer):
             for tensor in layer.state_dict().values():
                 theirs = tensor.clone()
                 dist.broadcast(theirs, 0)

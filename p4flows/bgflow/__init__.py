@@ -6,13 +6,17 @@ importing :mod:`p4flows.bgflow` defines it as ``numpy.inf`` for the whole proces
 before bgflow itself.
 """
 
+import warnings as _warnings
+
 import numpy as _numpy
 
 if not hasattr(_numpy, "infty"):
     _numpy.infty = _numpy.inf
 
 try:
-    import bgflow as _  # noqa: F401
+    with _warnings.catch_warnings():
+        _warnings.simplefilter("ignore")  # deprecations of bgflow's own, which its users cannot mend
+        import bgflow as _  # noqa: F401
 except ImportError as error:
     raise ImportError(
         "p4flows.bgflow needs bgflow: pip install 'p4flows[bgflow]' for what it imports, and bgflow itself from its "

@@ -41,10 +41,10 @@ class StateReset:
         states = {id(optimizer.state): optimizer.state for optimizer in self.optimizers}.values()  # some share theirs
         for state in states:
             for i, parameter in enumerate(self.parameters):
-                if parameter in state:
-                    for name, value in state[parameter].items():
-                        if value is not None:
-                            self._held.setdefault(name, []).append((i, state[parameter]))
+                entries = state.get(parameter, {})
+                for name, value in entries.items():
+                    if value is not None:
+                        self._held.setdefault(name, []).append((i, entries))
         kinds = " in ".join(type(optimizer).__name__ for optimizer in reversed(self.optimizers))
         for name in self._held:
             role = ENTRIES[name].role if name in ENTRIES else "unknown"

@@ -28,7 +28,7 @@ def run(*arguments):
 def test_two_processes_stay_equal_over_a_thousand_merges(arguments):
     output = run("--merges", "1000", *arguments)
     merges = [int(n) for n in re.findall(r"'(?:merged|forced)': (\d+)", output)]
-    assert sum(merges) > 1000  # of two layers
+    assert sum(merges) > 1000  # of three layers
     assert "0 entries differ" in output
     assert not re.search(r"\bnan\b", output)
 
