@@ -157,10 +157,8 @@ def _descend(
             settled[mix] = settled[mix] + 1 if settings[mix].get(option) == best else 1
             settings[mix][option] = best
             tried[mix][option] = {f"{rate:g}": nll for rate, nll in sorted(found.items())}
-    return {
-        mix: {"rates": {name: setting[name] for name in ("mix_rate", "net_rate") if name in setting}, "tried": tried[mix]}
-        for mix, setting in settings.items()
-    }
+    rates = {mix: {name: value for name, value in s.items() if name.endswith("_rate")} for mix, s in settings.items()}
+    return {mix: {"rates": rates[mix], "tried": tried[mix]} for mix in settings}
 
 
 def _search(
