@@ -30,7 +30,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--couplings", type=int, default=6, help="coupling layers")
     parser.add_argument("--steps", type=int, default=2_000, help="training steps of each flow")
     parser.add_argument("--batch", type=int, default=256, help="frames in a training step")
-    parser.add_argument("--samples", type=int, default=10_000, help="samples drawn")
+    parser.add_argument("--samples", type=int, default=40_000, help="samples drawn")
     parser.add_argument("--seed", type=int, default=0, help="of data, networks and training")
 
 
