@@ -25,7 +25,7 @@ __all__ = ["FILES", "add_arguments", "run", "table"]
 
 FILES = ("drift.json", "drift.png")
 
-_MERGES = {2: 100_000, 66: 100_000, 512: 20_000, 2048: 500}
+_MERGES = {2: 100_000, 66: 50_000, 512: 5_000, 2048: 200}
 _STEPS = 10  # between merges
 _BATCH = 32
 
@@ -33,7 +33,7 @@ _BATCH = 32
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[2, 66, 512, 2048], help="of the layers")
     parser.add_argument(
-        "--merges", type=int, help="for each width (default: 100,000; 20,000 for n = 512; 500 for n = 2048)"
+        "--merges", type=int, help="for each width (default: 100,000; 50,000 for n = 66, 5,000 for 512, 200 for 2048)"
     )
     parser.add_argument("--steps", type=int, help="of real trainings (default: 20,000 for n = 64; 5,000 for n = 512)")
     parser.add_argument("--points", type=int, default=25, help="at which errors are measured")
