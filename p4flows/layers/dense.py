@@ -177,6 +177,9 @@ class InvertibleLinear(Tracked, P4Layer):
         A = self.tracked.exact[0]
         return torch.linalg.matrix_norm(self.weight.double() - A) / torch.linalg.matrix_norm(A)
 
+    def diagnostics(self) -> dict[str, Tensor]:
+        return {**super().diagnostics(), "lag": self.lag}
+
     @torch.no_grad()
     def settle(self) -> None:
         """Make A equal to the weight, by one inversion in float64, O(n³): for the end of training, or export.

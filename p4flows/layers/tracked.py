@@ -11,6 +11,7 @@ from torch import Tensor
 from p4flows.layers.autocast import autocasting
 from p4flows.layers.inputs import require_floating
 from p4flows.tracking.correction import correct_, drifted_
+from p4flows.tracking.estimates import condition_estimate, residual_estimate
 from p4flows.tracking.group import Group
 from p4flows.tracking.matrix import TrackedMatrix
 
@@ -89,6 +90,16 @@ class Tracked:
         """
         states = cls._grouped(layers).states()
         return cls._joined([correct_(state, drifted_(state) if where_needed else None) for state in states], layers)
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Estimates of residual and condition of the frozen pair, and sign and log|det| of the effective matrix."""
+        with torch.no_grad():
+            return {
+                "residual": residual_estimate(self.tracked),
+                "logabsdet": self.logabsdet,
+                "sign": self.sign,
+                "condition": condition_estimate(self.tracked),
+            }
 
     def _check(self, x: Tensor, leading: Sequence[int] = ()) -> None:
         A = self.tracked.A
