@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from p4flows import surgery
+from p4flows.checks import flag
+from p4flows.installing import missing
+from p4flows.layers.dense import InvertibleLinear as _InvertibleLinear
+from p4flows.layers.invertible import P4Inv
+from p4flows.rows import OnRows
+
 try:
     from normflows import MultiscaleFlow
     from normflows.flows import Flow, Invertible1x1Conv, InvertibleAffine, LULinearPermute, Permute
 except ImportError as error:
-    raise ImportError("p4flows.normflows needs normflows: pip install 'p4flows[normflows]'") from error
-
-from p4flows import surgery
-from p4flows.checks import flag
-from p4flows.layers.dense import InvertibleLinear as _InvertibleLinear
-from p4flows.layers.invertible import P4Inv
-from p4flows.rows import OnRows
+    raise missing("p4flows.normflows", "normflows", "normflows") from error
 
 __all__ = ["InvertibleLinear", "P4InvLinear", "replace_permutations"]
 

@@ -8,6 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
+from p4flows import surgery
+from p4flows.checks import flag
+from p4flows.installing import missing
+from p4flows.layers.dense import InvertibleLinear as _InvertibleLinear
+from p4flows.layers.invertible import P4Inv
+
 try:
     from zuko.flows.autoregressive import MaskedAutoregressiveTransform
     from zuko.flows.coupling import GeneralCouplingTransform
@@ -15,12 +21,7 @@ try:
     from zuko.lazy import Flow, LazyComposedTransform, LazyTransform, UnconditionalTransform
     from zuko.transforms import LULinearTransform, PermutationTransform, RotationTransform
 except ImportError as error:
-    raise ImportError("p4flows.zuko needs zuko: pip install 'p4flows[zuko]'") from error
-
-from p4flows import surgery
-from p4flows.checks import flag
-from p4flows.layers.dense import InvertibleLinear as _InvertibleLinear
-from p4flows.layers.invertible import P4Inv
+    raise missing("p4flows.zuko", "zuko", "zuko") from error
 
 __all__ = ["InvertibleLinear", "P4InvLinear", "insert_linear", "replace_permutations"]
 
@@ -104,8 +105,7 @@ def replace_permutations(
 
     @torch.no_grad()
     def new(old: nn.Module, i: int) -> nn.Module:
-        made = old()
-        attribute = {PermutationTransform: "order", RotationTransform: "R"}.get(old.f)
+        made, attribute = old(), {PermutationTransform: "order", RotationTransform: "R"}.get(old.f)
         matrix = getattr(made, attribute) if attribute else made.L.double() @ made.U.double()
         return surgery.equivalent(make, old, matrix, None, like, {**options, "rank": rank, "seed": seed + i})
 
