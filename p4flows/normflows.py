@@ -88,7 +88,8 @@ def replace_permutations(
     surgery.check_contains("model", model, "a normflows model that contains permutations", kinds)
     scales = [module for module in model.modules() if isinstance(module, MultiscaleFlow)]
     images = {inner for scale in scales for inner in scale.modules()}
-    found, left = [], []
+    found: list[surgery.Place] = []
+    left: list[surgery.Place] = []
     for place in surgery.places(model, lambda module: isinstance(module, (*kinds, Invertible1x1Conv))):
         image = isinstance(place.module, Invertible1x1Conv) or place.module in images
         (left if image else found).append(place)
@@ -118,7 +119,7 @@ def _is_bounded(tails: Any) -> bool:
 
 
 @torch.no_grad()
-def _matrix_and_bias(old: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _matrix_and_bias(old: Any) -> tuple[Tensor, Tensor | None]:
     """Matrix (n, n), or permutation (n,), and bias of the forward direction, from the latent variable on."""
     if isinstance(old, Permute):
         if old.mode == "shuffle":

@@ -32,7 +32,7 @@ class _Map(Transform):
     domain = codomain = constraints.real_vector
     bijective = True
 
-    def __init__(self, layer: nn.Module, backwards: bool = False) -> None:
+    def __init__(self, layer: Any, backwards: bool = False) -> None:
         super().__init__()
         self.layer, self.backwards = layer, backwards
 
@@ -140,8 +140,8 @@ def insert_linear(
                 transforms.append(make(features, device=like.device, dtype=like.dtype, **more).train(part.training))
                 inserted += 1
         new.append((part.transform, nn.ModuleList(transforms)))
-    for composed, transforms in new:  # not before all layers could be made
-        composed.transforms = transforms
+    for composed, longer in new:  # not before all layers could be made
+        composed.transforms = longer
     if not inserted:
         surgery.warn("insert_linear found no place between two autoregressive or coupling transforms")
     elif any(getattr(getattr(m, "univariate", None), "func", None) is CircularRQSTransform for m in flow.modules()):

@@ -8,8 +8,8 @@ before bgflow itself.
 
 import numpy as _numpy
 
-if not hasattr(_numpy, "infty"):
-    _numpy.infty = _numpy.inf
+if "infty" not in vars(_numpy):
+    vars(_numpy)["infty"] = _numpy.inf
 
 try:
     import bgflow as _  # noqa: F401

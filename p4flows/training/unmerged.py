@@ -81,6 +81,6 @@ def _look(optimizer: Optimizer, step: int) -> None:
 
 def _stepped_on(layer: P4Layer, ids: frozenset[int]) -> bool:
     try:
-        return any(p.requires_grad and p.grad is not None and id(p) in ids for p in layer.perturbation)
+        return any(id(p) in ids and p.requires_grad and p.grad is not None for p in layer.perturbation)
     except AttributeError:  # a constructor that has not come to its end
         return False
