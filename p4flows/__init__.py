@@ -12,7 +12,9 @@ from p4flows.layers.linear import P4Linear
 from p4flows.layers.perturbed import PAPER_BOUNDS
 from p4flows.layers.stack import P4InvStack
 from p4flows.perturbation import Correction, MergeOutcome, P4Layer
+from p4flows.training import unmerged as _  # noqa: F401 (it warns where a training forgets to merge)
 from p4flows.training.averaging import AveragedModel
+from p4flows.training.report import Report, report
 from p4flows.training.scheduler import MergeScheduler, attach_on_first_step
 
 __all__ = [
@@ -29,8 +31,10 @@ __all__ = [
     "P4InvStack",
     "P4Layer",
     "P4Linear",
+    "Report",
     "__version__",
     "attach_on_first_step",
+    "report",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -24,8 +24,8 @@ def integer(name: str, value: int, low: int | None = None, high: int | None = No
     try:
         result = operator.index(value)
     except TypeError:
-        result = None
-    wrong = result is None or isinstance(value, bool) or not -_INT64 <= result < _INT64
+        raise ValueError(f"{name}: expected {expected}, got {value!r}") from None
+    wrong = isinstance(value, bool) or not -_INT64 <= result < _INT64
     if wrong or (low is not None and result < low) or (high is not None and result > high):
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
     return result
@@ -58,7 +58,8 @@ def bounds(name: str, given: Bounds) -> Bounds:
         low, high = (None if b is None or math.isinf(b) else float(b) for b in given)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         raise ValueError(f"{name}: expected a pair (low, high) of numbers or None, got {given!r}") from None
-    if any(b is not None and math.isnan(b) for b in (low, high)) or (None not in (low, high) and low >= high):
+    unordered = any(b is not None and math.isnan(b) for b in (low, high))
+    if unordered or (low is not None and high is not None and low >= high):
         raise ValueError(f"{name}: expected low < high, got {given!r}")
     return low, high
 

@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 
+from p4flows.installing import missing
+from p4flows.layers.linear import P4Linear
+from p4flows.training.finding import Layers, refuse_sharded
+from p4flows.training.scheduler import MergeScheduler
+
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.callbacks import StochasticWeightAveraging
 except ImportError as error:
-    raise ImportError("p4flows.lightning needs Lightning: pip install 'p4flows[lightning]'") from error
-
-from p4flows.layers.linear import P4Linear
-from p4flows.training.finding import Layers, refuse_sharded
-from p4flows.training.scheduler import MergeScheduler
+    raise missing("p4flows.lightning", "Lightning", "lightning") from error
 
 __all__ = ["MergeCallback"]
 

@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from p4flows import surgery
+from p4flows.checks import flag
+from p4flows.installing import missing
+from p4flows.layers.dense import InvertibleLinear as _InvertibleLinear
+from p4flows.layers.invertible import P4Inv
+from p4flows.rows import OnRows
+
 try:
     from normflows import MultiscaleFlow
     from normflows.flows import Flow, Invertible1x1Conv, InvertibleAffine, LULinearPermute, Permute
 except ImportError as error:
-    raise ImportError("p4flows.normflows needs normflows: pip install 'p4flows[normflows]'") from error
-
-from p4flows import surgery
-from p4flows.checks import flag
-from p4flows.layers.dense import InvertibleLinear as _InvertibleLinear
-from p4flows.layers.invertible import P4Inv
-from p4flows.rows import OnRows
+    raise missing("p4flows.normflows", "normflows", "normflows") from error
 
 __all__ = ["InvertibleLinear", "P4InvLinear", "replace_permutations"]
 
@@ -87,7 +88,8 @@ def replace_permutations(
     surgery.check_contains("model", model, "a normflows model that contains permutations", kinds)
     scales = [module for module in model.modules() if isinstance(module, MultiscaleFlow)]
     images = {inner for scale in scales for inner in scale.modules()}
-    found, left = [], []
+    found: list[surgery.Place] = []
+    left: list[surgery.Place] = []
     for place in surgery.places(model, lambda module: isinstance(module, (*kinds, Invertible1x1Conv))):
         image = isinstance(place.module, Invertible1x1Conv) or place.module in images
         (left if image else found).append(place)
@@ -117,7 +119,7 @@ def _is_bounded(tails: Any) -> bool:
 
 
 @torch.no_grad()
-def _matrix_and_bias(old: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _matrix_and_bias(old: Any) -> tuple[Tensor, Tensor | None]:
     """Matrix (n, n), or permutation (n,), and bias of the forward direction, from the latent variable on."""
     if isinstance(old, Permute):
         if old.mode == "shuffle":

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Correction", "MergeOutcome", "P4Layer"]
+__all__ = ["Correction", "MergeOutcome", "P4Layer", "observers"]
+
+observers: list[Callable[[P4Layer], None]] = []
+"""Who is told of every P4 layer that is made, copied or unpickled."""
 
 
 class MergeOutcome(IntEnum):
@@ -80,6 +84,14 @@ class P4Layer(nn.Module, ABC):
     look_every: int = 1
     """After how many rounds of plain merges a scheduler calls ``correct_all(..., where_needed=True)``."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        _tell(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of copies and pickles, which are not initialised
+        _tell(self)
+
     @property
     @abstractmethod
     def perturbation(self) -> tuple[nn.Parameter, ...]:
@@ -118,6 +130,14 @@ class P4Layer(nn.Module, ABC):
     def penalty(self) -> Tensor:
         """Differentiable scalar that keeps the perturbation where it can be merged."""
 
+    def diagnostics(self) -> dict[str, Tensor]:
+        """What is worth watching in training, by name: 0-d tensors, or one number for each of many matrices.
+
+        It costs at most O(n²), and changes nothing. The names are those of :func:`p4flows.report`, which shows others
+        too. There is nothing by default.
+        """
+        return {}
+
     @classmethod
     def carried(cls, old: Tensor, new: Tensor) -> Tensor | None:
         """What becomes of an average of gradients of a zeroed parameter when the redrawn one beside it changes.
@@ -147,3 +167,8 @@ class P4Layer(nn.Module, ABC):
     def correct_all(cls, layers: Sequence[P4Layer], where_needed: bool = False) -> Tensor:
         """Correct layers of equal ``group_key``, or only those that a cheap test finds in need; (len(layers), ...)."""
         return torch.stack([layer.correct() for layer in layers])
+
+
+def _tell(layer: P4Layer) -> None:
+    for observer in observers:
+        observer(layer)

@@ -8,7 +8,7 @@ __all__ = ["OnRows"]
 
 
 class OnRows:
-    """For a layer with ``forward`` and ``inverse`` that comes next in the order of resolution."""
+    """For a layer with ``forward`` and ``inverse`` that comes next in the order of resolution; mypy cannot know it."""
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The forward direction of rows (N, features), and its log|det| (N,)."""

@@ -110,7 +110,7 @@ def equivalent(
     if bias is not None and not flag("bias", options.get("bias", True)):
         raise ValueError(f"bias: expected True, since a {name(old)} has a bias")
     more = {**options, "rank": capped(options.get("rank"), n)}
-    layer = make(n, init=matrix.detach(), device=like.device, dtype=like.dtype, **more)
+    layer: Any = make(n, init=matrix.detach(), device=like.device, dtype=like.dtype, **more)
     if bias is not None:
         layer.bias.copy_(bias)
     return layer.train(old.training)

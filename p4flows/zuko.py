@@ -8,6 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
+from p4flows import surgery
+from p4flows.checks import flag
+from p4flows.installing import missing
+from p4flows.layers.dense import InvertibleLinear as _InvertibleLinear
+from p4flows.layers.invertible import P4Inv
+
 try:
     from zuko.flows.autoregressive import MaskedAutoregressiveTransform
     from zuko.flows.coupling import GeneralCouplingTransform
@@ -15,12 +21,7 @@ try:
     from zuko.lazy import Flow, LazyComposedTransform, LazyTransform, UnconditionalTransform
     from zuko.transforms import LULinearTransform, PermutationTransform, RotationTransform
 except ImportError as error:
-    raise ImportError("p4flows.zuko needs zuko: pip install 'p4flows[zuko]'") from error
-
-from p4flows import surgery
-from p4flows.checks import flag
-from p4flows.layers.dense import InvertibleLinear as _InvertibleLinear
-from p4flows.layers.invertible import P4Inv
+    raise missing("p4flows.zuko", "zuko", "zuko") from error
 
 __all__ = ["InvertibleLinear", "P4InvLinear", "insert_linear", "replace_permutations"]
 
@@ -31,7 +32,7 @@ class _Map(Transform):
     domain = codomain = constraints.real_vector
     bijective = True
 
-    def __init__(self, layer: nn.Module, backwards: bool = False) -> None:
+    def __init__(self, layer: Any, backwards: bool = False) -> None:
         super().__init__()
         self.layer, self.backwards = layer, backwards
 
@@ -104,8 +105,7 @@ def replace_permutations(
 
     @torch.no_grad()
     def new(old: nn.Module, i: int) -> nn.Module:
-        made = old()
-        attribute = {PermutationTransform: "order", RotationTransform: "R"}.get(old.f)
+        made, attribute = old(), {PermutationTransform: "order", RotationTransform: "R"}.get(old.f)
         matrix = getattr(made, attribute) if attribute else made.L.double() @ made.U.double()
         return surgery.equivalent(make, old, matrix, None, like, {**options, "rank": rank, "seed": seed + i})
 
@@ -140,8 +140,8 @@ def insert_linear(
                 transforms.append(make(features, device=like.device, dtype=like.dtype, **more).train(part.training))
                 inserted += 1
         new.append((part.transform, nn.ModuleList(transforms)))
-    for composed, transforms in new:  # not before all layers could be made
-        composed.transforms = transforms
+    for composed, longer in new:  # not before all layers could be made
+        composed.transforms = longer
     if not inserted:
         surgery.warn("insert_linear found no place between two autoregressive or coupling transforms")
     elif any(getattr(getattr(m, "univariate", None), "func", None) is CircularRQSTransform for m in flow.modules()):

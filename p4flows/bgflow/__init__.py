@@ -10,8 +10,8 @@ import warnings as _warnings
 
 import numpy as _numpy
 
-if not hasattr(_numpy, "infty"):
-    _numpy.infty = _numpy.inf
+if "infty" not in vars(_numpy):
+    vars(_numpy)["infty"] = _numpy.inf
 
 try:
     with _warnings.catch_warnings():

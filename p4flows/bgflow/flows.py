@@ -16,17 +16,20 @@ from p4flows.layers.invertible import P4Inv
 __all__ = ["BentIdentityFlow", "InvertibleLinearFlow", "InvertibleSwap", "P4InvFlow", "P4InvSwap"]
 
 
+# What super() is in these two classes depends on the class that comes next to them, which mypy cannot know.
+
+
 class _OneChannel:
     """bgflow's calls, for a layer with ``forward`` and ``inverse`` that comes next in the order of resolution."""
 
     forward = Flow.forward
 
     def _forward(self, x: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-        y, logabsdet = super().forward(x)
+        y, logabsdet = super().forward(x)  # type: ignore[misc]
         return y, logabsdet[..., None]
 
     def _inverse(self, y: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-        x, logabsdet = super().inverse(y)
+        x, logabsdet = super().inverse(y)  # type: ignore[misc]
         return x, logabsdet[..., None]
 
 
@@ -69,15 +72,15 @@ class _Swap:
         dim0, dim1 = integer("dim0", dim0, 1), integer("dim1", dim1, 1)
         if isinstance(init, str) and init == "swap":
             init = torch.arange(dim0 + dim1, device="cpu").roll(dim1)
-        super().__init__(dim0 + dim1, rank=rank, init=init, **options)
+        super().__init__(dim0 + dim1, rank=rank, init=init, **options)  # type: ignore[call-arg]
         self.dim0, self.dim1 = dim0, dim1
 
     def _forward(self, *xs: Tensor, **_: Any) -> tuple[Tensor, ...]:
-        y, logabsdet = super().forward(_concatenate(xs, self.dim0, self.dim1))
+        y, logabsdet = super().forward(_concatenate(xs, self.dim0, self.dim1))  # type: ignore[misc]
         return (*y.split([self.dim1, self.dim0], -1), *xs[2:], logabsdet[..., None])
 
     def _inverse(self, *ys: Tensor, **_: Any) -> tuple[Tensor, ...]:
-        x, logabsdet = super().inverse(_concatenate(ys, self.dim1, self.dim0))
+        x, logabsdet = super().inverse(_concatenate(ys, self.dim1, self.dim0))  # type: ignore[misc]
         return (*x.split([self.dim0, self.dim1], -1), *ys[2:], logabsdet[..., None])
 
 

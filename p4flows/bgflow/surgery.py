@@ -69,7 +69,7 @@ def replace_swaps(
     inputs = (example,) if isinstance(example, Tensor) else example
     items("example", inputs, "one or more tensors", lambda x: isinstance(x, Tensor) and x.is_floating_point())
 
-    new = []
+    new: list[tuple[surgery.Place, nn.Module]] = []
     for place, channels in _swapped(flow, inputs):
         if channels is None:
             surgery.warn(f"left alone, as the example does not reach it: {place.path}")

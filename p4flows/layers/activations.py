@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,8 @@ class Inverse(nn.Module):
     >>> layer(torch.zeros(1, 2))[0].tolist()
     [[0.0, 0.0]]
     """
+
+    bijection: Any  # a module with both directions, for which torch has no type
 
     def __init__(self, bijection: nn.Module) -> None:
         super().__init__()

@@ -7,12 +7,12 @@ at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 
 from p4flows.layers.activations import Elementwise, Inverse
@@ -20,8 +20,8 @@ from p4flows.layers.gradients import differentiable, in_full_precision
 
 __all__ = ["Step", "bijection", "chain"]
 
-Step = tuple[nn.Module, bool]
-"""A bijection, and whether it is run backwards."""
+Step = tuple[Any, bool]
+"""A bijection, which is a module with ``forward`` and ``inverse``, and whether it is run backwards."""
 
 
 def bijection(step: Step, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def bijection(step: Step, x: Tensor) -> tuple[Tensor, Tensor]:
     return module.inverse(x) if inverted else module(x)
 
 
-def chain(x: Tensor, M: Tensor, b: Tensor, steps: list[Step | None], period: int) -> tuple[Tensor, Tensor]:
+def chain(x: Tensor, M: Tensor, b: Tensor, steps: Sequence[Step | None], period: int) -> tuple[Tensor, Tensor]:
     """``f_L(M_L ... f_1(M_1 x + b_1) ... + b_L)`` of rows, and Σ log|det f_i|.
 
     x (N, n), M (L, n, n), b (L, n); or x (m, N, n), M (L, m, n, n), b (L, m, 1, n). ``steps`` are the f, and repeat
@@ -57,7 +57,7 @@ def _inverse_slope(module: Elementwise, y: Tensor) -> tuple[Tensor, Tensor]:
     return 1 / slope, -change / slope
 
 
-def _plain(x: Tensor, M: Tensor, b: Tensor, steps: list[Step | None], _: Any) -> tuple[Tensor, Tensor]:
+def _plain(x: Tensor, M: Tensor, b: Tensor, steps: Sequence[Step | None], _: Any) -> tuple[Tensor, Tensor]:
     affine = torch.addmm if x.ndim == 2 else torch.baddbmm
     total = x.new_zeros(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
     for m, c, step in zip(M.mT.unbind(), b.unbind(), steps, strict=True):

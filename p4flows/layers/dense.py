@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -178,6 +179,9 @@ class InvertibleLinear(Tracked, P4Layer):
         A = self.tracked.exact[0]
         return torch.linalg.matrix_norm(self.weight.double() - A) / torch.linalg.matrix_norm(A)
 
+    def diagnostics(self) -> dict[str, Tensor]:
+        return {**super().diagnostics(), "lag": self.lag}
+
     @torch.no_grad()
     def settle(self) -> None:
         """Make A equal to the weight, by one inversion in float64, O(n³): for the end of training, or export.
@@ -221,13 +225,13 @@ class InvertibleLinear(Tracked, P4Layer):
         return MergeOutcome.without_reason(type(self).merge_all([self], force)[0])
 
     @classmethod
-    def merge_all(cls, layers: Sequence[InvertibleLinear], force: bool = False) -> Tensor:
+    def merge_all(cls, layers: Sequence[Any], force: bool = False) -> Tensor:
         """Let layers of equal ``group_key`` follow, narrow ones in one batched call.
 
         Returns the :class:`p4flows.MergeOutcome` of each with the reason of a skip, (len(layers),).
         """
         first = layers[0]
-        options = {"force": force, "bounds_update": first.bounds_update, "bounds_det": first.bounds_det}
+        options: dict[str, Any] = {"force": force, "bounds_update": first.bounds_update, "bounds_det": first.bounds_det}
         return cls._joined([follow_(state, **options) for state in cls._grouped(layers).states()], layers)
 
     @torch.no_grad()

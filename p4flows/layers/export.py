@@ -16,13 +16,12 @@ def as_linear(layer: Any, M: Tensor, inverse: bool = False) -> nn.Linear:
 
     M (n, n) in float64; for the inverse it is inverted in float64.
     """
-    shift = 0 if layer.bias is None else layer.bias.double()
     if inverse:
         M = torch.linalg.inv(M)
-        shift = 0 if layer.bias is None else -(M @ shift)
     n = layer.features
     linear = nn.Linear(n, n, layer.bias is not None, layer.A.device, layer.A.dtype)
     linear.weight.copy_(M)
     if layer.bias is not None:
-        linear.bias.copy_(shift)
+        bias = layer.bias.double()
+        linear.bias.copy_(-(M @ bias) if inverse else bias)
     return linear.requires_grad_(False).train(layer.training)

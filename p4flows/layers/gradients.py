@@ -224,17 +224,17 @@ def differentiable(plain: Callable, ctx: Any, inputs: tuple, gradients: tuple) -
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
     # Inputs may depend on each other, as where a layer is applied twice; what is wanted are derivatives at this place
     # alone, with respect to each input by itself.
-    inputs = [T.view_as(T) if isinstance(T, Tensor) and T.requires_grad else T for T in inputs]
+    views = [T.view_as(T) if isinstance(T, Tensor) and T.requires_grad else T for T in inputs]
     # An output that depends on nothing that is trained, such as a constant log|det|, has no derivative.
-    outputs = [(out, g) for out, g in zip(plain(*inputs), gradients, strict=True) if out.requires_grad]
+    outputs = [(out, g) for out, g in zip(plain(*views), gradients, strict=True) if out.requires_grad]
     found = torch.autograd.grad(
         [out for out, _ in outputs],
-        [inputs[i] for i in wanted],
+        [views[i] for i in wanted],
         [g for _, g in outputs],
         create_graph=True,
         allow_unused=True,
     )
-    result = [None] * len(inputs)
+    result: list[Tensor | None] = [None] * len(inputs)
     for i, gradient in zip(wanted, found, strict=True):
         result[i] = gradient
     return tuple(result)

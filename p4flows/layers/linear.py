@@ -97,7 +97,7 @@ class P4Linear(LowRank, P4Layer):
             for A in (new.A, new.A_float):
                 if A is not None:
                     A.copy_(layer.weight)
-            if layer.bias is not None:
+            if new.bias is not None:
                 new.bias.copy_(layer.bias)
         return new.train(layer.training)
 

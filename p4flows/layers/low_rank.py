@@ -11,7 +11,7 @@ from p4flows.tracking.noise import directions, redraw_
 __all__ = ["LowRank"]
 
 
-class LowRank:
+class LowRank(nn.Module):
     """A layer with parameters U (*batch, m, k), V (*batch, n, k), bias (*batch, m) and buffers seed, merges (*batch).
 
     A reset sets U to zero and draws the next V of the seed. V is trained where k = 1, as in the paper. Where k > 1 it
@@ -19,6 +19,7 @@ class LowRank:
     directions. Training V as well teaches nothing more, and products of both steps make large learning rates unstable.
     """
 
+    A: Tensor
     U: nn.Parameter
     V: nn.Parameter
     bias: nn.Parameter | None
@@ -64,5 +65,6 @@ class LowRank:
         self._redraw(everywhere)
 
     def _redraw(self, which: Tensor) -> None:
-        flat = (t.detach().view(-1, *t.shape[self.merges.ndim :]) for t in (self.U, self.V, self.seed, self.merges))
-        redraw_(*flat, which.view(-1))
+        tensors = (self.U, self.V, self.seed, self.merges)
+        U, V, seed, merges = (t.detach().view(-1, *t.shape[self.merges.ndim :]) for t in tensors)
+        redraw_(U, V, seed, merges, which.view(-1))

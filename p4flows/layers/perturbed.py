@@ -116,13 +116,13 @@ class PerturbedInverse(Tracked, LowRank, P4Layer):
         return MergeOutcome.without_reason(type(self).merge_all([self], force)[0])
 
     @classmethod
-    def merge_all(cls, layers: Sequence[PerturbedInverse], force: bool = False) -> Tensor:
+    def merge_all(cls, layers: Sequence[Any], force: bool = False) -> Tensor:
         """Merge layers of equal ``group_key``, narrow ones in one batched call.
 
         Returns the :class:`p4flows.MergeOutcome` of each with the reason of a skip, (len(layers), *batch).
         """
         first = layers[0]
-        options = {"force": force, "bounds_update": first.bounds_update, "bounds_det": first.bounds_det}
+        options: dict[str, Any] = {"force": force, "bounds_update": first.bounds_update, "bounds_det": first.bounds_det}
         states = cls._grouped(layers).states()
         return cls._joined([merge_(state, **options) for state in states], layers)
 

@@ -137,15 +137,17 @@ class P4InvStack(PerturbedInverse):
             raise ValueError(f"index: expected an integer, or a model and a layer, got {index!r}")
         count = self.seed[index].ndim  # an IndexError here ends an iteration
         options = {name: getattr(self, name) for name in _OPTIONS} | {"device": self.U.device, "dtype": self.U.dtype}
-        sizes = {"features": self.features, "rank": self.rank, "bias": self.bias is not None}
+        sizes: dict[str, Any] = {"features": self.features, "rank": self.rank, "bias": self.bias is not None}
+        part: P4Inv | P4InvStack
         if count == 0:
             part = P4Inv(**sizes, **options)
         else:
-            activations = copy.deepcopy(self.activations)
+            activations = copy.deepcopy(list(self.activations))
             part = P4InvStack(depth=self.depth, activations=activations, **sizes, **options)
         with torch.no_grad():
-            for name, tensor in part._own_state().items() if count else part.state_dict().items():
-                tensor.copy_(self.state_dict()[name][index])
+            for name, tensor in part.state_dict().items():
+                if not name.startswith("activations."):
+                    tensor.copy_(self.state_dict()[name][index])
         return part
 
     def _own_state(self) -> dict[str, Tensor]:
@@ -194,15 +196,15 @@ class P4InvStack(PerturbedInverse):
         return b.movedim(-2, 0).unsqueeze(-2)
 
     def _step_by_step(self, x: Tensor, W: Tensor, C: Tensor, steps: list[Step]) -> tuple[Tensor, Tensor]:
-        A, A_inv, U, V, W, C = (T.movedim(-3, 0).unbind() for T in (self.A, self.A_inv, self.U, self.V, W, C))
+        As, inverses, Us, Vs, Ws, Cs = (T.movedim(-3, 0).unbind() for T in (self.A, self.A_inv, self.U, self.V, W, C))
         b = self._biases().unbind()
         total = x.new_zeros(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
         inverse = steps[0][1]
         for i in reversed(range(self.depth)) if inverse else range(self.depth):
             if not inverse:
-                x = algebra.perturbed_product(A[i], U[i], V[i], x) + b[i]
+                x = algebra.perturbed_product(As[i], Us[i], Vs[i], x) + b[i]
             x, logabsdet = bijection(steps[i], x)
             total = total + logabsdet
             if inverse:
-                x = algebra.perturbed_inverse_product(A_inv[i], V[i], W[i], C[i], x - b[i])
+                x = algebra.perturbed_inverse_product(inverses[i], Vs[i], Ws[i], Cs[i], x - b[i])
         return x, total

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from p4flows.layers.autocast import autocasting
 from p4flows.layers.inputs import require_floating
 from p4flows.tracking.correction import correct_, drifted_
+from p4flows.tracking.estimates import condition_estimate, residual_estimate
 from p4flows.tracking.group import Group
 from p4flows.tracking.matrix import TrackedMatrix
 
@@ -28,7 +30,7 @@ def _of_tracked(name: str, text: str) -> Any:
     )
 
 
-class Tracked:
+class Tracked(nn.Module):
     """A layer that has a :class:`p4flows.tracking.matrix.TrackedMatrix`, or many under *batch, as ``tracked``.
 
     ``gathered`` names the layer's other tensors that its merges need.
@@ -45,6 +47,16 @@ class Tracked:
     sign_A = _of_tracked("sign", "The sign of det A, (*batch) in float64.")
     logabsdet_A = _of_tracked("logabsdet", "ln|det A|, (*batch) in float64.")
     rounding = _of_tracked("rounding", "The part of ``logabsdet_A`` that is owed to the rounding of A, (*batch).")
+
+    @property
+    @abstractmethod
+    def sign(self) -> Tensor:
+        """Sign of the effective determinant, (*batch) in float64."""
+
+    @property
+    @abstractmethod
+    def logabsdet(self) -> Tensor:
+        """ln|det| of the effective matrix, (*batch) in float64, differentiable."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"  # in one line, without the module ``tracked``
@@ -90,6 +102,16 @@ class Tracked:
         states = cls._grouped(layers).states()
         return cls._joined([correct_(state, drifted_(state) if where_needed else None) for state in states], layers)
 
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Estimates of residual and condition of the frozen pair, and sign and log|det| of the effective matrix."""
+        with torch.no_grad():
+            return {
+                "residual": residual_estimate(self.tracked),
+                "logabsdet": self.logabsdet,
+                "sign": self.sign,
+                "condition": condition_estimate(self.tracked),
+            }
+
     def _check(self, x: Tensor, leading: Sequence[int] = ()) -> None:
         A = self.tracked.A
         require_floating(x)
@@ -107,4 +129,4 @@ class Tracked:
         for old, new in _LEGACY.items():
             if prefix + old in state_dict:
                 state_dict[f"{prefix}tracked.{new}"] = state_dict.pop(prefix + old)
-        super()._load_from_state_dict(state_dict, prefix, *arguments)  # type: ignore[misc]
+        super()._load_from_state_dict(state_dict, prefix, *arguments)

@@ -1,10 +1,12 @@
 """Molecules for Boltzmann generators: energies and molecular dynamics by OpenMM, mixed coordinates."""
 
+from p4flows.installing import missing
+
 try:
     import openmm  # noqa: F401
     import tqdm  # noqa: F401
 except ImportError as error:
-    raise ImportError("p4flows.molecules needs OpenMM and tqdm: pip install 'p4flows[molecules]'") from error
+    raise missing("p4flows.molecules", "OpenMM and tqdm", "molecules") from error
 
 from p4flows.molecules.alanine import Molecule, alanine_dipeptide
 from p4flows.molecules.coordinates import MixedCoordinates

@@ -15,7 +15,7 @@ import numpy as np
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # the usual way to say that a module is not there
 
 __all__ = ["save", "workplace"]
 

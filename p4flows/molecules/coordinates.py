@@ -56,6 +56,15 @@ class MixedCoordinates(nn.Module):
             positions and z of another shape or type.
     """
 
+    z_matrix: Tensor
+    rigid_block: Tensor
+    reference: Tensor
+    basis: Tensor
+    complement: Tensor
+    cut: Tensor
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, z_matrix: np.ndarray | Tensor, rigid_block: np.ndarray | Tensor, data: Tensor) -> None:
         super().__init__()
         z_matrix, rigid_block = integers("z_matrix", z_matrix), integers("rigid_block", rigid_block)

@@ -71,7 +71,7 @@ class OpenMMEnergy:
         names = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
         if (e_high is None) != (e_max is None):
             raise ValueError(f"e_high and e_max: expected both or neither, got {e_high!r} and {e_max!r}")
-        if e_high is not None:
+        if e_high is not None and e_max is not None:
             e_high, e_max = ordered(e_high, e_max)
         self.n_atoms = system.getNumParticles()
         self.temperature = number("temperature", in_unit("temperature", temperature, unit.kelvin), 0, strict=True)
@@ -90,7 +90,8 @@ class OpenMMEnergy:
 
     @property
     def _pool(self) -> WorkerPool | None:
-        return self._owner.resource if self.workers else None
+        resource = self._owner.resource
+        return resource if isinstance(resource, WorkerPool) else None
 
     @property
     def kT(self) -> float:
@@ -113,7 +114,9 @@ class OpenMMEnergy:
                 f"positions: expected (..., {n}, 3) or (..., {3 * n}) for {n} atoms, got {tuple(positions.shape)}"
             )
         energies = _Evaluate.apply(positions.reshape(math.prod(batch), 3 * n), self).reshape(batch)
-        return energies if self.e_high is None else regularize_energy(energies, self.e_high, self.e_max)
+        if self.e_high is None or self.e_max is None:
+            return energies
+        return regularize_energy(energies, self.e_high, self.e_max)
 
     def _evaluate(self, positions: np.ndarray, forces: bool) -> tuple[np.ndarray, np.ndarray | None]:
         """Reduced energies (B,) and their gradient (B, n, 3) for float64 positions (B, n, 3)."""
@@ -125,7 +128,7 @@ class OpenMMEnergy:
             force = np.empty((len(potential), *positions.shape[1:])) if forces else None
             self._compute(np.ascontiguousarray(positions[finite]), potential, force)
             energies[finite] = potential / self.kT
-            if gradient is not None:
+            if gradient is not None and force is not None:
                 gradient[finite] = force / -self.kT
         valid = np.isfinite(energies)
         if gradient is not None:

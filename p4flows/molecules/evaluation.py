@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from multiprocessing.connection import Connection, wait
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,14 +37,14 @@ class WorkerPool:
         """As :class:`Evaluator`. Raises RuntimeError for an error in a worker, its death or a time-out."""
         size = max(1, min(self._workers[0].frames, math.ceil(len(positions) / len(self._workers))))
         waiting = [slice(start, start + size) for start in range(0, len(positions), size)]
-        idle, busy = list(self._workers), {}
+        idle, busy = list(self._workers), dict[Connection, tuple[_Worker, slice]]()
         try:
             while waiting or busy:
                 while idle and waiting:
                     worker, rows = idle.pop(), waiting.pop()
                     worker.send(positions[rows], forces is not None)
                     busy[worker.connection] = worker, rows
-                ready = wait(list(busy), deadline.left)
+                ready: list[Any] = wait(list(busy), deadline.left)  # connections, as all that it was given
                 if not ready:
                     raise RuntimeError(f"an OpenMM worker did not answer within {deadline.seconds} s")
                 for connection in ready:
@@ -109,7 +110,7 @@ def _serve(connection: Connection, platform: str, *shared: torch.Tensor) -> None
             return
         answer = None
         try:
-            evaluator = evaluator or Evaluator(zlib.decompress(system).decode(), platform)
+            evaluator = evaluator or Evaluator(zlib.decompress(system.tobytes()).decode(), platform)
             evaluator(positions[:count], energies[:count], all_forces[:count] if forces else None)
         except Exception as error:  # whatever it is, the caller gets to see it
             answer = RuntimeError(f"{type(error).__name__}: {error}")

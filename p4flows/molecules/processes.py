@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 __all__ = ["check_started", "disinherit", "obituary", "spawn"]
@@ -16,7 +17,7 @@ _GUARD = (
 )
 
 
-def spawn(target: Callable[..., None], *arguments: Any) -> tuple[multiprocessing.Process, Connection]:
+def spawn(target: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Connection]:
     """Start ``target(connection, *arguments)`` in a new interpreter; the process and our end of the connection.
 
     Spawned, not forked: OpenMM's threads do not survive a fork. The arguments should be small: until the new
@@ -47,7 +48,7 @@ def check_started() -> None:
         raise RuntimeError(f"{process.name} is a daemonic process, which may not start others; use workers=0 in it")
 
 
-def obituary(who: str, process: multiprocessing.Process, started: bool) -> RuntimeError:
+def obituary(who: str, process: BaseProcess, started: bool) -> RuntimeError:
     """The error for a process that closed its connection; ``started`` if it ever sent anything."""
     if started:
         return RuntimeError(f"{who} died")
@@ -55,10 +56,10 @@ def obituary(who: str, process: multiprocessing.Process, started: bool) -> Runti
     return RuntimeError(f"{who} died while it started, with exit code {process.exitcode}; note that {_GUARD}")
 
 
-def disinherit(process: multiprocessing.Process) -> None:
+def disinherit(process: BaseProcess) -> None:
     """After a fork, in the child: forget a process that the parent started.
 
     Otherwise the end of the child would terminate it, as the end of a process does with all daemons that it knows.
     """
     with contextlib.suppress(AttributeError):
-        multiprocessing.process._children.discard(process)
+        multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]  # not public

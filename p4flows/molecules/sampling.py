@@ -7,6 +7,7 @@ import json
 import os
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openmm
@@ -119,7 +120,8 @@ def _follow(jobs: list, bar: tqdm) -> None:
     started = set()
     with bar:
         while running:
-            for connection in wait(list(running)):
+            ready: list[Any] = wait(list(running))  # connections, as all that it was given
+            for connection in ready:
                 try:
                     message = connection.recv()
                 except (EOFError, ConnectionResetError):

@@ -37,15 +37,10 @@ def steps(name: str, value: Any, step: unit.Quantity) -> Any:
     if not unit.is_quantity(value):
         return value
     count = in_unit(name, value, unit.femtosecond)
-    if isinstance(count, Real):
-        count = count / step.value_in_unit(unit.femtosecond)
-    if (
-        not isinstance(count, Real)
-        or not math.isfinite(count)
-        or abs(count - round(count)) > 1e-6 * max(1.0, abs(count))
-    ):
+    found = float(count) / step.value_in_unit(unit.femtosecond) if isinstance(count, Real) else math.nan
+    if not math.isfinite(found) or abs(found - round(found)) > 1e-6 * max(1.0, abs(found)):
         raise ValueError(f"{name}: expected a whole number of time steps of {step}, got {value}")
-    return round(count)
+    return round(found)
 
 
 def positions_array(name: str, value: Any) -> np.ndarray:

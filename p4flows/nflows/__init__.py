@@ -4,10 +4,12 @@ The flows may be those of nflows, or of a library that carries a copy of its cla
 through it.
 """
 
+from p4flows.installing import missing
+
 try:
     import nflows as _  # noqa: F401
 except ImportError as error:
-    raise ImportError("p4flows.nflows needs nflows: pip install 'p4flows[nflows]'") from error
+    raise missing("p4flows.nflows", "nflows", "nflows") from error
 
 from p4flows.nflows.layers import BentIdentity, InvertibleLinear, P4InvLinear
 from p4flows.nflows.surgery import replace_permutations

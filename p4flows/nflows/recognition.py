@@ -27,7 +27,7 @@ def is_named(module: nn.Module, names: tuple[str, ...]) -> bool:
     return any(cls.__name__ in names for cls in type(module).__mro__)
 
 
-def matrix_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+def matrix_of(module: Any) -> tuple[Tensor, Tensor | None]:
     """The permutation (n,), or the weight (n, n), and the bias (n,) or None."""
     if is_named(module, PERMUTATIONS):
         return module._permutation, None

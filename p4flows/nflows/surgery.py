@@ -147,9 +147,10 @@ def _modules_on_rows(root: nn.Module, names: tuple[str, ...], example: Tensor) -
     for module in candidates:
         for name in ("forward", "inverse"):
             setattr(module, name, partial(record, module, getattr(module, name)))
+    function: Any = getattr(root, "transform_to_noise", root)
     try:
         with torch.no_grad():
-            (root.transform_to_noise if hasattr(root, "transform_to_noise") else root)(example)
+            function(example)
     except (IndexError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"example: expected a batch of inputs that the flow accepts; it says: {error}") from error
     finally:

@@ -156,7 +156,7 @@ def log_spectral_norm(M: Tensor) -> Tensor:
     ``‖(MᵀM)^p‖`` in the Frobenius norm, to the power 1/(2p), for p = 64: a few small products, which can be batched and
     do not wait for the device, where a singular value decomposition takes a hundred times longer.
     """
-    S, log_norm, doublings = M, 0, 7
+    S, log_norm, doublings = M, M.new_zeros(()), 7
     for i in range(doublings + 1):
         S = S.mT @ S if i else S
         size = torch.linalg.vector_norm(S, torch.inf if i < doublings else 2, (-2, -1), keepdim=True)

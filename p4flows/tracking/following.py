@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def follow_(state: Matrices, *, force: bool, bounds_update: Bounds, bounds_det: 
     ``state.own`` has weight (L, n, n), and directions (L, n, k), which become those of the next step. There is one
     update, O(k n²), and up to three more while a weight is far ahead. Waits for the device.
     """
-    options = {"force": force, "bounds_update": bounds_update, "bounds_det": bounds_det}
+    options: dict[str, Any] = {"force": force, "bounds_update": bounds_update, "bounds_det": bounds_det}
     first, lag = _update(state, torch.ones_like(state.logabsdet, dtype=torch.bool), **options)
     near = _NEAR_WIDE if state.A.shape[-1] > _WIDE else _NEAR
     for _ in range(1, _ROUNDS):

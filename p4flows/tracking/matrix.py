@@ -95,12 +95,11 @@ class TrackedMatrix(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        rounded, exact = (
-            [state_dict.get(f"{prefix}{name}{kind}") for name in ("A", "A_inv")] for kind in ("", "_double")
-        )
-        if None not in rounded and None in exact:
+        A, A_inv = (state_dict.get(prefix + name) for name in ("A", "A_inv"))
+        exact = [state_dict.get(f"{prefix}{name}_double") for name in ("A", "A_inv")]
+        if A is not None and A_inv is not None and None in exact:
             # A layer in float64 has one pair only. Of version 1, which had none in float64, A is what counts.
-            exact = rounded if rounded[0].dtype == torch.float64 else _inverted(*rounded)
+            exact = [A, A_inv] if A.dtype == torch.float64 else [*_inverted(A, A_inv)]
         for name, value in zip(("A", "A_inv"), exact, strict=True):
             state_dict.pop(f"{prefix}{name}_double", None)
             if value is not None:

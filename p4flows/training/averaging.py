@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def _set_matrix(layer: Any, M: Tensor) -> None:
 
 def _reduce(layer: P4Layer, protocol: int) -> Any:
     """What copies and pickles of a layer are made from; ValueError for the copy that torch's AveragedModel makes."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is swa_utils.AveragedModel.__init__.__code__:
             owner = frame.f_locals["self"]
@@ -108,4 +109,4 @@ def _reduce(layer: P4Layer, protocol: int) -> Any:
 
 
 # Here, as layers know nothing of averages; a hook on modules would be there for everybody's.
-P4Layer.__reduce_ex__ = _reduce  # type: ignore[method-assign]
+P4Layer.__reduce_ex__ = _reduce  # type: ignore[assignment, method-assign]

@@ -11,6 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -135,7 +136,7 @@ def _enclosing(optimizer: Optimizer) -> list[_Step]:
     if not steps:
         return []
     running = set()
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if "self" in frame.f_code.co_varnames and isinstance(found := frame.f_locals.get("self"), Optimizer):
             running.add(id(found))

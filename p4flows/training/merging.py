@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from p4flows.perturbation import MergeOutcome, P4Layer
 from p4flows.training.optimizer_state import StateReset
 from p4flows.training.optimizers import full_rank
+from p4flows.training.share import Share
 from p4flows.training.tally import Tally
 
 __all__ = ["Group", "Merging"]
@@ -21,11 +22,12 @@ __all__ = ["Group", "Merging"]
 class Group(NamedTuple):
     """Layers that are merged together.
 
-    redrawn and zeroed are the i-th such parameter of every layer; exact is whether a move from old directions to new
-    ones loses nothing.
+    names are those in the model; redrawn and zeroed are the i-th such parameter of every layer; exact is whether a move
+    from old directions to new ones loses nothing.
     """
 
     layers: Sequence[P4Layer]
+    names: tuple[str, ...]
     redrawn: list[tuple[nn.Parameter, ...]]
     zeroed: list[tuple[nn.Parameter, ...]]
     exact: bool
@@ -36,19 +38,29 @@ class Merging:
 
     def __init__(self, tally: Tally) -> None:
         self.tally = tally
+        self.share = Share()
         self._known: dict[Hashable, tuple[Hashable, list[Group]]] = {}
 
     def groups(
-        self, key: Hashable, version: Hashable, layers: Sequence[P4Layer], check: Callable[[Sequence[P4Layer]], None]
+        self,
+        key: Hashable,
+        version: Hashable,
+        layers: Sequence[P4Layer],
+        named: Mapping[str, P4Layer],
+        check: Callable[[Sequence[P4Layer]], None],
     ) -> list[Group]:
-        """The layers in groups: the last ones for this key, if they were of the same version; new ones are checked."""
+        """The layers in groups: the last ones for this key, if they were of the same version; new ones are checked.
+
+        ``named`` has the layers, and maybe others, by name.
+        """
         known = self._known.get(key)
         if known is None or known[0] != version:
             check(layers)
             together = defaultdict(list)
             for layer in layers:
                 together[type(layer), layer.merge_every, layer.group_key].append(layer)
-            known = self._known[key] = version, [_group(each) for each in together.values()]
+            names = {layer: name for name, layer in named.items()}
+            known = self._known[key] = version, [_group(each, names) for each in together.values()]
         return known[1]
 
     @torch.no_grad()
@@ -66,7 +78,7 @@ class Merging:
             state.look(only_weights=reset == "none", exact=group.exact)
         old = [torch.stack(column) for column in group.redrawn] if any(s.found for s in zeroed) else []
         outcomes = kind.merge_all(layers, force)
-        self.tally.count(outcomes)
+        self.tally.count(outcomes, group.names)
         changed = ~MergeOutcome.is_skip(outcomes)
         waits = not changed.is_cpu  # asking would mean waiting
         if waits or changed.any():
@@ -102,9 +114,10 @@ def _carry_over(
             state.restart(merged, ["gradient"])
 
 
-def _group(layers: list[P4Layer]) -> Group:
+def _group(layers: list[P4Layer], names: Mapping[P4Layer, str]) -> Group:
     kind = type(layers[0])
     redrawn, zeroed = (
         list(zip(*(getattr(each, name) for each in layers), strict=True)) for name in ("redrawn", "zeroed")
     )
-    return Group(kind.group(layers), redrawn, zeroed, all(map(full_rank, layers)))
+    exact = all(map(full_rank, layers))
+    return Group(kind.group(layers), tuple(names[each] for each in layers), redrawn, zeroed, exact)

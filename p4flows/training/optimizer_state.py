@@ -25,7 +25,7 @@ class StateReset:
 
     def __init__(self, optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parameter]) -> None:
         self.optimizers = list(optimizers)
-        self.parameters = list(parameters)
+        self.parameters: list[Tensor] = list(parameters)
         self._held: dict[str, _Held] = {}
         self._before: Tensor | None = None
 

@@ -82,6 +82,22 @@ class Rounds:
         """
         return self._tally.counters
 
+    def history(self) -> dict[P4Layer, dict[str, Any]]:
+        """What became of the merges of each layer, which :func:`p4flows.report` shows: merges, skips and share.
+
+        merges and skips are counts over all matrices of the layer; share is the part of the time between optimizer
+        steps that its merges have taken since the scheduler was made or loaded, None where that is not known.
+        """
+        counts, share = self._tally.by_layer, self._merging.share
+        return {
+            layer: {
+                "merges": sum(counts.get(name, {}).get(key, 0) for key in ("merged", "forced", "partial")),
+                "skips": counts.get(name, {}).get("skipped", 0),
+                "share": share.of(name),
+            }
+            for name, layer in self._found().items()
+        }
+
     def merge(self) -> None:
         """Merge all layers now: one round, which counts towards ``force_every`` and ``correct_every``."""
         with self._lock:
@@ -100,6 +116,7 @@ class Rounds:
             "rounds": self.rounds,
             "clocks": self._clocks.state_dict(),
             "counters": self.counters,
+            "counters_by_layer": self._tally.by_layer,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -114,7 +131,7 @@ class Rounds:
                 "rounds": {self.every or P4Layer.merge_every: state["rounds"]},
             }
             self._clocks.load_state_dict(state.get("clocks", [one]))
-            self._tally.load(state["counters"])
+            self._tally.load(state["counters"], state.get("counters_by_layer", {}))
 
     def serve(self, *optimizers: Optimizer) -> None:
         """Say beforehand that these optimizers train the layers, each its own.
@@ -154,12 +171,15 @@ class Rounds:
         due = {interval for interval in intervals if clock.steps // interval > before // interval}
         if due:
             self._merge(clock, due)
+        self._merging.share.tick()
 
     def _merge(self, clock: Clock, due: set[int] | None = None) -> None:
         """Merge the layers of these intervals, or all."""
         layers, optimizers = self._clocks.layers(clock, self._found.trained(), self._found()), clock.stepping
         version = self._found.version, *map(id, layers)
-        groups = self._merging.groups(clock, version, layers, lambda new: refuse_unknown(optimizers, new, self.reset))
+        groups = self._merging.groups(
+            clock, version, layers, self._found(), lambda new: refuse_unknown(optimizers, new, self.reset)
+        )
         due = {self._interval(group.layers[0]) for group in groups}.intersection(*[due] if due else [])
         for interval in due:
             clock.rounds[interval] += 1
@@ -171,5 +191,6 @@ class Rounds:
                     for every in (self.force_every, self.correct_every)
                 )
                 look = clock.rounds[interval] % group.layers[0].look_every == 0
-                self._merging.merge(group, optimizers, self.reset, force, correct, look)
+                with self._merging.share.measure(group.names, group.layers[0].perturbation[0].device):
+                    self._merging.merge(group, optimizers, self.reset, force, correct, look)
         self._tally.end_round()

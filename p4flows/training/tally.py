@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from p4flows.perturbation import Correction, MergeOutcome
 
 __all__ = ["Tally", "Warnings"]
+
+_Names = tuple[str | None, ...]  # of layers; None for those that are not known
 
 _COUNTED = {
     "merged": MergeOutcome.MERGED,
@@ -43,16 +46,20 @@ class Tally:
 
     def __init__(self, warn: Warnings) -> None:
         self._warn = warn
-        self._outcomes: dict[torch.device, Tensor] = {}
+        self._outcomes: dict[tuple[_Names, torch.device], Tensor] = {}  # (len(names), outcomes)
         self._corrections = torch.zeros(len(Correction), dtype=torch.int64)
         self._rounds = 0
         self._looked = {"rounds": 0, "merges": 0, "skipped": 0}
 
-    def count(self, outcomes: Tensor) -> None:
-        """Count what became of merges."""
-        zeros = torch.zeros(len(MergeOutcome), dtype=torch.int64, device=outcomes.device)
-        counts = self._outcomes.setdefault(outcomes.device, zeros)
-        counts.index_add_(0, outcomes.flatten(), torch.ones_like(outcomes).flatten())
+    def count(self, outcomes: Tensor, names: _Names) -> None:
+        """Count what became of merges of the layers of these names, (len(names), ...)."""
+        size, device = len(MergeOutcome), outcomes.device
+        counts = self._outcomes.get((names, device))
+        if counts is None:
+            zeros = torch.zeros(len(names), size, dtype=torch.int64, device=device)
+            counts = self._outcomes[names, device] = zeros
+        places = outcomes.reshape(len(names), -1) + torch.arange(0, counts.numel(), size, device=device)[:, None]
+        counts.view(-1).index_add_(0, places.flatten(), torch.ones_like(places).flatten())
         if outcomes.device.type == "cpu" and (outcomes == MergeOutcome.SKIPPED_NOT_FINITE).any():
             self._warn_not_finite()
 
@@ -82,23 +89,48 @@ class Tally:
     @property
     def counters(self) -> dict[str, int]:
         """The counts, by name."""
-        size = len(MergeOutcome)
-        totals = sum((c.cpu() for c in self._outcomes.values()), torch.zeros(size, dtype=torch.int64))
         _, iterated, inverted = self._corrections.tolist()
-        counts = {name: int(totals[outcome]) for name, outcome in _COUNTED.items()}
-        skipped = int(totals[MergeOutcome.is_skip(torch.arange(size))].sum())
-        return {**counts, "skipped": skipped, "corrections": iterated + inverted, "inversions": inverted}
+        totals = sum((counts.cpu().sum(0) for counts in self._outcomes.values()), _zeros())
+        return {**_named(totals), "corrections": iterated + inverted, "inversions": inverted}
 
-    def load(self, counters: dict[str, Any]) -> None:
-        """Go on from these counts; those that are missing are zero."""
+    @property
+    def by_layer(self) -> dict[str, dict[str, int]]:
+        """The counts of outcomes that are not zero, by the name of the layer and their own."""
+        rows: dict[str, Tensor] = defaultdict(_zeros)
+        for (names, _), counts in self._outcomes.items():
+            for name, row in zip(names, counts.cpu(), strict=True):
+                if name is not None:
+                    rows[name] = rows[name] + row
+        return {name: {key: count for key, count in _named(row).items() if count} for name, row in rows.items()}
+
+    def load(self, counters: Mapping[str, int], by_layer: Mapping[str, Mapping[str, int]]) -> None:
+        """Go on from these counts, in total and by layer; those that are missing are zero."""
         inverted = counters.get("inversions", 0)
         self._corrections = torch.tensor([0, counters["corrections"] - inverted, inverted])
-        outcomes = torch.zeros(len(MergeOutcome), dtype=torch.int64)
-        for name, outcome in _COUNTED.items():
-            outcomes[outcome] = counters.get(name, 0)
-        outcomes[MergeOutcome.SKIPPED] = counters["skipped"] - sum(counters.get(n, 0) for n in _COUNTED if "skip" in n)
-        self._outcomes = {torch.device("cpu"): outcomes}
-        self._looked = {"rounds": self._rounds, "merges": int(outcomes.sum()), "skipped": counters["skipped"]}
+        total, rows = _numbered(counters), [_numbered(counts) for counts in by_layer.values()]
+        names: _Names = (None, *by_layer)  # what is not told by layer is of none that is known
+        self._outcomes = {(names, torch.device("cpu")): torch.stack([total - sum(rows, _zeros()), *rows])}
+        self._looked = {"rounds": self._rounds, "merges": int(total.sum()), "skipped": counters["skipped"]}
 
     def _warn_not_finite(self) -> None:
         self._warn("a weight is not finite, and is not followed: the training has diverged", "finite")
+
+
+def _zeros() -> Tensor:
+    return torch.zeros(len(MergeOutcome), dtype=torch.int64)
+
+
+def _named(outcomes: Tensor) -> dict[str, int]:
+    """Counts (outcomes,) by name, and ``skipped``, for whatever reason."""
+    counts = {name: int(outcomes[outcome]) for name, outcome in _COUNTED.items()}
+    return {**counts, "skipped": int(outcomes[MergeOutcome.is_skip(torch.arange(len(MergeOutcome)))].sum())}
+
+
+def _numbered(counts: Mapping[str, int]) -> Tensor:
+    """What :func:`_named` has named."""
+    outcomes = _zeros()
+    for name, outcome in _COUNTED.items():
+        outcomes[outcome] = counts.get(name, 0)
+    with_reason = sum(counts.get(name, 0) for name in _COUNTED if "skip" in name)
+    outcomes[MergeOutcome.SKIPPED] = counts.get("skipped", 0) - with_reason
+    return outcomes

@@ -1,0 +1,74 @@
+"""Builds in a copy of the repository, and an environment with torch and NumPy alone."""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+from importlib.metadata import distribution
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+_NOT_COPIED = (".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist", "out", "*.pt")
+
+
+def run(*command, **options):
+    """What a command prints; it must not fail."""
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def pip(*arguments, python=None):
+    """pip of this environment, at work in that of another Python if one is given."""
+    where = ["--python", python] if python else []
+    return run(sys.executable, "-m", "pip", *where, "--disable-pip-version-check", *arguments)
+
+
+def copy_repository(folder):
+    """Without what an earlier build or run has left."""
+    return shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+
+
+def build_sdist(source, folder):
+    """The sdist, unpacked."""
+    code = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
+    name = run(sys.executable, "-c", code, folder, cwd=source).splitlines()[-1]
+    with tarfile.open(folder / name) as archive:
+        archive.extractall(folder)
+    return folder / name.removesuffix(".tar.gz")
+
+
+def build_wheel(source, folder):
+    pip("wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", folder, source)
+    (wheel,) = folder.iterdir()
+    return wheel
+
+
+def clean_environment(folder):
+    """A new environment's Python, with torch, NumPy and what they require, and nothing else.
+
+    To install torch takes about a minute. So their files are links to those of the environment that this runs in, with
+    their metadata, by which pip finds them installed.
+    """
+    venv.create(folder, symlinks=True)
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    site = Path(run(python, "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    for name in _closure(["torch", "numpy"]):
+        for top in {file.parts[0] for file in distribution(name).files} - {"..", "__pycache__"}:
+            if not (site / top).exists():  # a folder may belong to several of them
+                (site / top).symlink_to(distribution(name).locate_file(top))
+    return python
+
+
+def _closure(names):
+    found, left = set(), list(names)
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            requirements = map(Requirement, distribution(name).requires or ())
+            left += [each.name for each in requirements if not each.marker or each.marker.evaluate({"extra": ""})]
+    return found
