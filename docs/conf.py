@@ -70,4 +70,4 @@ def setup(app) -> None:
 html_theme = "furo"
 html_title = f"p4flows {release}"
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["site.css"]
