@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-numpy2 lint install
+.PHONY: help demo test test-numpy2 lint docs install
 
 help:  ## what there is to make
 	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,11 +22,18 @@ lint: install  ## style, by ruff, types, by mypy, and the directions of imports
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
+docs: .venv/docs  ## the site of docs/, with reference and notebooks, in docs/_build/html: a minute
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
+
 install: .venv/installed  ## .venv, with all that the others need; they make it themselves
 
 .venv/installed: setup.cfg setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
 # The pins of the first environment hold here too, but for NumPy's.

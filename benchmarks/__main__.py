@@ -10,11 +10,12 @@ from importlib import import_module
 from benchmarks.harness.commit import commit
 from benchmarks.harness.interruption import interruptible
 from benchmarks.harness.output import add_output, settle_output
+from benchmarks.harness.redraw import add_redraw
 
 # The module of a command has ``add_arguments(parser)`` and ``run(args)``; FILES, which it writes to ``args.out``; KEPT,
-# the option for ``args.kept``, if it keeps there what an interrupted run goes on from; and COMMITTED, False if its
-# results are not. Only the module that is asked for is imported: others may need what is missing here, and help should
-# not wait for torch.
+# the option for ``args.kept``, if it keeps there what an interrupted run goes on from; PICTURE, a function that draws
+# its picture from the JSON alone, if there is one; and COMMITTED, False if its results are not. Only the module that is
+# asked for is imported: others may need what is missing here, and help should not wait for torch.
 COMMANDS = {
     "demo": (
         "paper.demo",
@@ -41,7 +42,7 @@ COMMANDS = {
         "mixing.perturbation",
         "rank and learning rate of a perturbation by the width",
     ),
-    "readme": ("harness.readme", "copy the result tables into README.md"),
+    "readme": ("harness.readme", "copy the result tables into README.md and docs/"),
 }
 
 
@@ -96,6 +97,8 @@ def complete(parser: ArgumentParser, name: str) -> None:
     module.add_arguments(parser)
     add_output(parser, name, module.FILES, getattr(module, "KEPT", None), getattr(module, "COMMITTED", True))
     parser.set_defaults(function=module.run)
+    if hasattr(module, "PICTURE"):
+        add_redraw(parser, name, module.run, module.PICTURE)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,13 @@ from benchmarks.harness.threads import one_thread
 from benchmarks.mixing.data import load
 from benchmarks.mixing.swaps_claims import claims
 from benchmarks.mixing.swaps_figure import draw
-from benchmarks.mixing.swaps_table import table
+from benchmarks.mixing.swaps_table import summary, table
 from benchmarks.mixing.training import begin, train_all
 
-__all__ = ["FILES", "KEPT", "PROBLEMS", "Problem", "add_arguments", "run", "table"]
+__all__ = ["FILES", "KEPT", "PICTURE", "PROBLEMS", "Problem", "add_arguments", "claims", "run", "summary", "table"]
 
 FILES = ("swaps.json", "swaps.png")
+PICTURE = draw
 KEPT = "--parts"
 
 _RATES = (1e-3, 3e-3, 8e-3, 2e-2)
@@ -126,9 +127,10 @@ def run(args: Namespace) -> dict[str, Any]:
                 relative[key] = _relative_times(args.kept, row)
             _add_equal_time(pool, args.kept, timed, relative)
     times = [{"data": data, "couplings": n, "times": found} for (data, n), found in relative.items()]
-    results = {"rows": rows, "relative_times": times, "claims": claims(rows)}
+    results = {"rows": rows, "relative_times": times}
+    results["claims"] = claims(results)
     path = save("swaps", results, args.out)
-    print(f"{path}\n{draw(rows, args.out / 'swaps.png')}\n{claims_table(results)}\n\n{table(results)}")
+    print(f"{path}\n{draw(results, args.out / 'swaps.png')}\n{claims_table(results)}\n\n{table(results)}")
     return results
 
 

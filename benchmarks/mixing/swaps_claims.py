@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from benchmarks.harness.claims import claim
 from benchmarks.mixing.swaps_table import by_row
 
 __all__ = ["claims"]
 
+_PLANNED = 16  # rows that the goals speak of; where fewer are run, the same share of them is needed
 
-def claims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+
+def claims(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows for :func:`benchmarks.harness.claims.table`; a mean over seeds of the test NLL is what is compared."""
+    rows = results["rows"]
     found = by_row([row for row in rows if "splines" not in row])
     count = len(found)
     mean = {key: {mix: values.mean() for mix, values in mixes.items()} for key, mixes in found.items()}
@@ -31,34 +36,29 @@ def claims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     named = sum(n for row in rows for name, n in row["counters"].items() if name.startswith("skipped_"))
     merges = sum(n for row in rows for name, n in row["counters"].items() if name in ("merged", "forced", "partial"))
 
-    def claim(text: str, rule: str, value: int, needed: int) -> dict[str, Any]:
-        return {"claim": text, "paper": rule, "ours": f"{value} of {count}", "holds": bool(value >= needed)}
+    def of_rows(text: str, goal: int, value: int) -> dict[str, Any]:
+        said = "our goal: every row" if goal == _PLANNED else f"our goal: {goal} of {_PLANNED} rows"
+        needed = math.ceil(count * goal / _PLANNED)
+        rule = f"at least {needed} of the {count} rows that were run"
+        return claim(text, said, rule, f"{value} of {count}", value >= needed)
 
     return [
+        of_rows("P4Inv with its defaults is ahead of LU", 10, ahead),
+        of_rows("P4Inv with its defaults is within 1 nat of dense", 12, near),
+        of_rows("InvertibleLinear is within 0.3 nats, or the spread, of dense", _PLANNED, as_dense),
+        of_rows("the better of ours is ahead of both fixed permutations", _PLANNED, beyond_fixed),
         claim(
-            "P4Inv with its defaults is ahead of LU",
-            "in 10 of 16 rows",
-            ahead,
-            round(count * 10 / 16),
+            "between spline couplings the better of ours is at least level with LU",
+            "our goal: every row",
+            f"at least {len(splines)} of the {len(splines)} rows that were run",
+            f"{level} of {len(splines)}",
+            level == len(splines),
         ),
         claim(
-            "P4Inv with its defaults is within 1 nat of dense",
-            "in 12 of 16 rows",
-            near,
-            round(count * 12 / 16),
+            "every skipped merge has a reason that is named",
+            "our goal",
+            "as many reasons as skips",
+            f"{named} of {skipped} skips; {merges} merges",
+            named == skipped,
         ),
-        claim("InvertibleLinear is within 0.3 nats, or the spread, of dense", "in every row", as_dense, count),
-        claim("the better of ours is ahead of both fixed permutations", "in every row", beyond_fixed, count),
-        {
-            "claim": "between spline couplings the better of ours is at least level with LU",
-            "paper": "in every row",
-            "ours": f"{level} of {len(splines)}",
-            "holds": level == len(splines),
-        },
-        {
-            "claim": "every skipped merge has a reason that is named",
-            "paper": "all",
-            "ours": f"{named} of {skipped} skips; {merges} merges",
-            "holds": bool(named == skipped),
-        },
     ]

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["by_row", "table"]
+__all__ = ["by_row", "summary", "table"]
+
+_SHORT = ("reversed", "random", "LU", "dense", "P4Inv", "InvertibleLinear")
 
 
 def table(results: dict[str, Any]) -> str:
@@ -29,6 +31,20 @@ def table(results: dict[str, Any]) -> str:
         cells[best] = f"**{cells[best]}**"
         seeds = max(map(len, found.values()))
         lines.append(f"| {data} | {couplings} | {seeds} | {' | '.join(cells.get(mix, '–') for mix in mixes)} |")
+    return "\n".join(lines)
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The mean test NLL with the fewest and with the most couplings of each problem, of the mixes of :data:`_SHORT`."""
+    found = by_row(results["rows"])
+    lines = [f"| data | couplings | {' | '.join(_SHORT)} |", "|---|---:|" + "---:|" * len(_SHORT)]
+    for data in dict.fromkeys(data for data, _ in found):
+        depths = [couplings for name, couplings in found if name == data]
+        for couplings in dict.fromkeys((min(depths), max(depths))):
+            means = {mix: found[data, couplings][mix].mean() for mix in _SHORT}
+            best = min(means, key=means.get)
+            cells = (f"**{mean:.2f}**" if mix == best else f"{mean:.2f}" for mix, mean in means.items())
+            lines.append(f"| {data} | {couplings} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,81 +10,94 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from benchmarks.harness.colors import color, new_figure, save
 from benchmarks.paper.boltzmann import Samples
 
 __all__ = ["draw"]
 
-_COLORS = {"MD": "#444444", "MD + 0.004 nm": "#e08214"}
-_COLORS |= dict.fromkeys(("RealNVP", "splines"), "#2166ac") | dict.fromkeys(
-    ("RealNVP + P4Inv", "splines + P4Inv"), "#1b7837"
-)
+_PERTURBED = "MD + 0.004 nm"
+_BINS = 48
+_MARGIN = 3.0  # kT, below the lowest energy of MD
+_SHOWN = 85.0  # kT, of energies above that
 
 
 def draw(samples: dict[str, Samples], rows: dict[str, Any], path: Path, stages: tuple[str, ...] = ()) -> Path:
     """``rows`` has what was measured for each origin of samples; with ``stages``, the training curves under these."""
-    plt.switch_backend("agg")
-    figure = plt.figure(figsize=(17, 9.2 if stages else 4.9), layout="constrained")
-    upper = figure
+    figure = new_figure(9.6 if stages else 7.0)
+    parts = figure.subfigures(3 if stages else 2, 1, height_ratios=[1.15, 1, 1] if stages else [1.1, 1])
+    _ramachandran_plots(parts[0], samples, rows)
+    _energies(parts[1].subplots(), samples, rows)
     if stages:
-        upper, lower = figure.subfigures(2, 1, height_ratios=[1.15, 1])
-        for ax, stage in zip(lower.subplots(1, len(stages)), stages, strict=True):
+        for ax, stage in zip(parts[2].subplots(1, len(stages)), stages, strict=True):
             _curves(ax, rows, stage)
-    left, right = upper.subfigures(1, 2, width_ratios=[1, 2.3])
-    _energies(left.subplots(), samples, rows)
-    names = [name for name in samples if name != "MD + 0.004 nm"]
-    axes = right.subplots(1, len(names), sharey=True)
+    return save(figure, path)
+
+
+def _ramachandran_plots(figure: Any, samples: dict[str, Samples], rows: dict[str, Any]) -> None:
+    names = [name for name in samples if name != _PERTURBED]
+    # As many samples of each, and one scale: so that the plots can be compared, and end where the colour bar does.
+    count = min(len(samples[name].phi) for name in names)
+    surfaces = {name: _free_energy(samples[name], count) for name in names}
+    highest = max(np.nanmax(surface) for surface in surfaces.values())
+    axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    edges = np.linspace(-180, 180, _BINS + 1)
     for ax, name in zip(axes, names, strict=True):
-        image = _ramachandran(ax, samples[name])
-        ax.set_title(f"{name}: JS to held-out MD {rows[name]['ramachandran_js']:.4f}", fontsize=11, color=_COLORS[name])
+        ax.grid(False)
+        image = ax.pcolormesh(edges, edges, surfaces[name].T, cmap="viridis", vmin=0, vmax=highest)
+        divergence = rows[name]["ramachandran_js"]
+        what = "training data" if name == "MD" else name
+        ax.set_title(f"{what}\nJS to held-out MD {divergence:.4f} nats", fontsize=9)
         ax.set_xlabel("φ (degrees)")
+        ax.set_aspect("equal")
+        ax.set_xticks(range(-180, 181, 90))
+        ax.set_yticks(range(-180, 181, 90))
     axes[0].set_ylabel("ψ (degrees)")
-    right.colorbar(image, ax=axes, label="free energy (kT)", shrink=0.8, pad=0.01)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    figure.colorbar(image, ax=axes, label=f"free energy (kT), {count:,} samples each", pad=0.01, shrink=0.68)
+
+
+def _free_energy(s: Samples, count: int) -> np.ndarray:
+    """-ln of the counts of the first ``count`` samples on bins of φ and ψ, from zero; NaN where there is none."""
+    edges = np.linspace(-180, 180, _BINS + 1)
+    counts, _, _ = np.histogram2d(np.degrees(s.phi[:count].numpy()), np.degrees(s.psi[:count].numpy()), edges)
+    with np.errstate(divide="ignore"):
+        free_energy = -np.log(counts / counts.max())
+    free_energy[counts == 0] = math.nan
+    return free_energy
 
 
 def _energies(ax: plt.Axes, samples: dict[str, Samples], rows: dict[str, Any]) -> None:
-    low = samples["MD"].energy.min().item() - 3
-    high = low + 85
+    low = samples["MD"].energy.min().item() - _MARGIN
+    high = low + _SHOWN
     ticks = []
     for i, (name, s) in enumerate(samples.items()):
         shown = s.energy[s.energy < high].numpy()
         parts = ax.violinplot(shown, [i], widths=0.85, showextrema=False, points=200)
         for body in parts["bodies"]:
-            body.set(facecolor=_COLORS[name], alpha=0.75)
+            body.set(facecolor=color(name), alpha=0.8)
         median = torch.median(s.energy).item()
         ax.hlines(median, i - 0.3, i + 0.3, color="black")
-        ax.text(i + 0.32, median, f"{median:.1f}", va="center", fontsize=10)
-        ticks.append(f"{name.replace(' + ', chr(10) + '+ ')}\n{100 * rows[name]['low_energy_fraction']:.1f} % low")
+        low_share = 100 * rows[name]["low_energy_fraction"]
+        ticks.append(f"{name}\nmedian {median:.1f} kT\n{low_share:.1f} % below MD's highest")
     ax.set_xticks(range(len(ticks)), ticks)
-    ax.set_xlim(-0.6, len(ticks) - 0.3)
+    ax.set_xlim(-0.6, len(ticks) - 0.4)
     ax.set_ylim(low, high)
-    ax.set_ylabel("u(x) (kT)")
-    ax.set_title("Energies; medians, and fraction below the highest of MD", fontsize=11)
+    ax.set_ylabel("energy u(x) (kT)")
 
 
 def _curves(ax: plt.Axes, rows: dict[str, Any], stage: str) -> None:
+    limits = []
     for name, row in rows.items():
         if stage in row:
             training = row[stage]
             steps = np.linspace(0, training["steps"], len(training["curve"]) + 1)[1:]
-            ax.plot(steps, training["curve"], color=_COLORS[name], label=name)
+            ax.plot(steps, training["curve"], color=color(name), label=name)
             # The first steps would hide the rest.
             low, high = np.quantile(training["curve"], [0, 0.9])
-            ax.set_ylim(min(low - 0.1 * (high - low), ax.get_ylim()[0]), high + (high - low))
-    ax.set_xlabel("step")
-    ax.set_title(f"loss, training by {stage}", fontsize=11)
+            limits.append((low - 0.1 * (high - low), high + (high - low)))
+    lows, highs = zip(*limits, strict=True)
+    ax.set_ylim(min(lows), max(highs))
+    ax.locator_params(axis="x", nbins=5)
+    ax.set_xlabel("optimizer step")
+    ax.set_ylabel("training loss (nats)")
+    ax.set_title(f"training by {'likelihood' if stage == 'likelihood' else 'likelihood and energy'}")
     ax.legend()
-
-
-def _ramachandran(ax: plt.Axes, s: Samples):
-    edges = np.linspace(-180, 180, 61)
-    counts, _, _ = np.histogram2d(np.degrees(s.phi.numpy()), np.degrees(s.psi.numpy()), edges)
-    with np.errstate(divide="ignore"):
-        free_energy = -np.log(counts / counts.max())
-    free_energy[counts == 0] = np.nan
-    ax.set_aspect("equal")
-    ax.set_xticks(range(-180, 181, 90))
-    ax.set_yticks(range(-180, 181, 90))
-    return ax.pcolormesh(edges, edges, free_energy.T, cmap="viridis", vmin=0, vmax=7)

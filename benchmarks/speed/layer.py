@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.harness.claims import claim
+from benchmarks.harness.claims import table as claims_table
 from benchmarks.harness.environment import save
 from benchmarks.paper.realnvp import real_nvp
 from p4flows import InvertibleLinear, MergeScheduler, P4Inv
 from p4flows.nflows import replace_permutations
 
-__all__ = ["FILES", "add_arguments", "claims", "run", "table"]
+__all__ = ["FILES", "add_arguments", "claims", "run", "summary", "table"]
 
 FILES = ("layer.json",)
 
@@ -51,7 +53,7 @@ def run(args: Namespace) -> dict[str, Any]:
             torch.set_num_threads(threads)
     results = {"batch": _BATCH, "rows": rows, "following": _following(args.couplings, args.turns)}
     results["claims"] = claims(results)
-    print(f"{save('layer', results, args.out)}\n{table(results)}")
+    print(f"{save('layer', results, args.out)}\n{claims_table(results)}\n\n{table(results)}")
     return results
 
 
@@ -157,27 +159,26 @@ def _following(couplings: int, turns: int) -> dict[str, float]:
 def claims(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Our own goals for InvertibleLinear at the widths that were measured."""
     found = []
-
-    def claim(text: str, goal: str, ratio: float, holds: bool) -> None:
-        found.append({"claim": text, "paper": goal, "ours": f"{ratio:.2f}", "holds": bool(holds)})
-
     by = {(row["n"], row["both_directions"]): row["ms"] for row in results["rows"]}
     for n, goal in ((1024, 2.5), (4096, 3.0)):
         if (n, False) in by:
             ratio = by[n, False]["InvertibleLinear"] / by[n, False][_PLAIN]
-            claim(f"n = {n}: a step of InvertibleLinear in those of nn.Linear", f"≤ {goal}", ratio, ratio <= goal)
+            text = f"n = {n}: a step of InvertibleLinear in those of nn.Linear"
+            found.append(claim(text, "our goal", f"≤ {goal}", f"{ratio:.2f}", ratio <= goal))
     for other, both, goal in (("dense", False, 8), ("dense", True, 12), ("nflows LULinear", True, 3)):
         if (4096, both) in by:
             ratio = by[4096, both][other] / by[4096, both]["InvertibleLinear"]
             way = "both directions" if both else "forward"
-            claim(f"n = 4096, {way}: {other} in steps of InvertibleLinear", f"≥ {goal}", ratio, ratio >= goal)
+            text = f"n = 4096, {way}: a step of {other} in those of InvertibleLinear"
+            found.append(claim(text, "our goal", f"≥ {goal}", f"{ratio:.2f}", ratio >= goal))
     share = results["following"]["share"]
-    claim("50 couplings of 60: share of following in a training step", "≤ 0.25", share, share <= 0.25)
+    text = f"{results['following']['couplings']} couplings of 60: share of following in a training step"
+    found.append(claim(text, "our goal", "≤ 0.25", f"{share:.2f}", share <= 0.25))
     return found
 
 
 def table(results: dict[str, Any]) -> str:
-    """Times of a step in those of nn.Linear with Adam, forward / both directions."""
+    """Times of a step in those of nn.Linear with Adam, forward / both directions, as a Markdown table."""
     by = {(row["n"], row["both_directions"]): row["ms"] for row in results["rows"]}
     widths = list(dict.fromkeys(n for n, _ in by))
     lines = [f"| | {' | '.join(f'n = {n}' for n in widths)} |", "|---|" + "---:|" * len(widths)]
@@ -188,3 +189,6 @@ def table(results: dict[str, Any]) -> str:
             cells = (f"{relative[n, False]:.1f} / {relative[n, True]:.1f}" for n in widths)
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+summary = table  # it is short

@@ -25,7 +25,7 @@ _OPTIONS = ("bounds_update", "bounds_det", "bounds_penalty", "penalty_weight")
 
 
 class P4InvStack(PerturbedInverse):
-    r"""A deep narrow network ``f_L ∘ P_L ∘ ... ∘ f_1 ∘ P_1`` of P4Inv layers P and elementwise bijections f.
+    r"""A deep narrow network ``f_L ∘ P_L ∘ ⋯ ∘ f_1 ∘ P_1`` of P4Inv layers P and elementwise bijections f.
 
     The function is that of L :class:`p4flows.P4Inv` layers with bijections after them, and so is its training; the
     tensors of all layers are kept in one, so that a merge and an optimizer step take a few calls for all of them. With

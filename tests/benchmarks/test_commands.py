@@ -1,5 +1,6 @@
 """``python -m benchmarks``: its help, where it writes, how it ends, and what the documents say about it."""
 
+import json
 import os
 import re
 import shutil
@@ -71,8 +72,8 @@ def test_a_missing_package_ends_only_the_command_that_needs_it(monkeypatch, caps
         command.main(["drift", "--help"])
     assert ended.value.code == 0
     monkeypatch.setattr(readme, "import_module", missing)
-    text = readme.README.read_text().replace("energies and forces a second | to", "ENERGIES | to")
-    assert "ENERGIES" in readme.render(text)
+    text = "<!-- bridge -->\nas it was\n<!-- /bridge -->"
+    assert readme.render(text) == text
     assert capsys.readouterr().err == "bridge: left as it is, since openmm is not installed\n"
 
 
@@ -109,7 +110,8 @@ def test_a_quick_run_leaves_the_committed_results_alone(monkeypatch, tmp_path, c
     before = {path: path.stat().st_mtime_ns for path in RESULTS.iterdir()}
     command.main(["linear", "--quick"])
     assert {path: path.stat().st_mtime_ns for path in RESULTS.iterdir()} == before
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"linear.json", "linear.png", "quick"}
+    pictures = {"linear.png", "linear_eigenvalues.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"linear.json", *pictures, "quick"}
 
 
 def test_the_demo_writes_to_out(monkeypatch, tmp_path):
@@ -223,8 +225,47 @@ def test_an_interrupted_command_leaves_signals_as_they_were(monkeypatch, tmp_pat
 # --- documents ----------------------------------------------------------------------------------------------
 
 
-def test_readme_agrees_with_the_results():
-    assert readme.render(readme.README.read_text()) == readme.README.read_text()
+def test_documents_agree_with_the_results():
+    texts = readme.documents()
+    readme.check(texts)
+    for path, text in texts.items():
+        assert readme.render(text) == text, path
+
+
+def test_a_table_has_one_place_and_stays_as_it_is_without_a_result(monkeypatch, tmp_path, capsys):
+    texts = readme.documents()
+    with pytest.raises(ValueError, match=r"expected one pair of markers for 'demo', found 2$"):
+        readme.check({**texts, Path("more.md"): "<!-- demo --><!-- /demo -->"})
+    with pytest.raises(ValueError, match=r"expected one pair of markers for 'demo', found 0$"):
+        readme.check({})
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    text = "<!-- demo -->\nnot measured\n<!-- /demo -->"
+    assert readme.render(text) == text
+    assert capsys.readouterr().err == "demo: left as it is, since there is no demo.json yet\n"
+
+
+JUDGED = ("linear", "density2d", "alanine_dipeptide", "mnist", "layer", "drift", "swaps")
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_every_claim_has_its_rule_beside_it(name):
+    parser_of(name)
+    module = import_module(f"benchmarks.{readme.TABLES[name]}")
+    for row in module.claims(json.loads((RESULTS / f"{name}.json").read_text())):
+        assert row["rule"], row
+        assert isinstance(row["holds"], bool), row
+
+
+@pytest.mark.parametrize("name", ["linear", "mnist", "drift", "swaps", "cost"])
+def test_pictures_are_drawn_again_from_the_results(name, tmp_path, monkeypatch):
+    parser_of(name)
+    monkeypatch.setattr(
+        import_module(f"benchmarks.{command.COMMANDS[name][0]}"), "run", lambda args: pytest.fail("ran")
+    )
+    shutil.copy(RESULTS / f"{name}.json", tmp_path)
+    command.main([name, "--redraw", "--out", str(tmp_path)])
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    assert (tmp_path / f"{name}.json").read_bytes() == (RESULTS / f"{name}.json").read_bytes()
 
 
 def test_documents_list_the_commands():

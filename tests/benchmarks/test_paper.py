@@ -21,9 +21,27 @@ def test_linear(monkeypatch, tmp_path):
         monkeypatch.setattr(linear, name, value)
     results = call(monkeypatch, tmp_path, f"linear --quick --parts {tmp_path / 'parts'}")
     assert len(results["rows"]) == 21
-    assert {tuple(claim) for claim in results["claims"]} == {("claim", "paper", "ours", "holds")}
+    assert {tuple(claim) for claim in results["claims"]} == {("claim", "paper", "rule", "ours", "holds")}
+    assert len(results["rows"][0]["eigenvalues"][-1]["real"]) == 32
     monkeypatch.setattr(linear, "train", lambda *_: pytest.fail("trained again"))
     assert call(monkeypatch, tmp_path, f"linear --quick --parts {tmp_path / 'parts'}")["rows"] == results["rows"]
+
+
+def test_what_never_gets_below_the_threshold_is_not_recovered():
+    def row(problem, method, losses):
+        found = {"problem": problem, "method": method, "step": [0, 1, 2], "loss": losses, "sign": [1, 1, -1]}
+        return {**found, "residual": [0, 0, 0], "logabsdet_error": [0, 0, 0]}
+
+    fast, never = [1, 1e-3, 1e-9], [1, 1e-3, 2e-5]
+    rows = [row(name, m, fast) for name, problem in linear.PROBLEMS.items() for m in problem.methods]
+    results = {"rows": rows, "threshold": 1e-6}
+    through_inverse = "positive definite, 32: trained through the inverse"
+    for losses, step, holds in ((never, 2, False), (fast, 3, True), (fast, 2, False)):
+        for i, r in enumerate(rows):
+            if (r["problem"], r["method"]) == ("positive definite, 32", "P4Inv through its inverse"):
+                rows[i] = {**row(r["problem"], r["method"], losses), "step": [0, 1, step]}
+        (found,) = (claim for claim in linear.claims(results) if claim["claim"] == through_inverse)
+        assert found["holds"] is holds, found
 
 
 def test_the_targets_of_the_linear_problems():
