@@ -80,6 +80,7 @@ class InvertibleLinear(Tracked, P4Layer):
     _version = 1  # of the state dict
 
     merge_every = 1
+    deferred = True
     gathered = ("weight", "directions")
 
     weight: nn.Parameter
