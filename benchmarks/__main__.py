@@ -42,6 +42,10 @@ COMMANDS = {
         "mixing.perturbation",
         "rank and learning rate of a perturbation by the width",
     ),
+    "properties": (
+        "properties.properties",
+        "orthogonal and Lipschitz continuous layers (Section 5), and the rank of plain ones, beside their peers",
+    ),
     "readme": ("harness.readme", "copy the result tables into README.md and docs/"),
 }
 

@@ -44,7 +44,7 @@ class InvertibleLinear(OnRows, _InvertibleLinear, Flow):
     """
 
 
-_LAYERS = surgery.classes(P4InvLinear, InvertibleLinear)
+_LAYERS = surgery.classes({P4Inv: P4InvLinear, _InvertibleLinear: InvertibleLinear})
 
 
 def replace_permutations(

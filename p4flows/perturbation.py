@@ -1,4 +1,86 @@
-"""The P4 contract of Section 3.1: frozen property-bearing parameters, a perturbation, and its merge."""
+"""The P4 contract of Section 3.1 (Algorithm 1): what a property-preserving layer is, and how to write one.
+
+Property-preserving parameter perturbations (P4) train a layer whose parameters must stay in a *feasible set* S: all
+invertible matrices, all orthogonal ones, all of spectral norm 1 or less. To make an element of S from nothing is hard,
+but to change one into another is often easy. So the layer has two kinds of parameters,
+
+* the frozen A in S, which are buffers, with whatever is derived from them (an inverse, a determinant, a norm), and
+* a small trained *perturbation* B, which are parameters.
+
+It computes with ``R_B(A)``, where the map ``R_B`` takes S to S, and the optimizer sees B alone. A value B₀ of the
+perturbation is the identity, ``R_B₀(A) = A``. Every N optimizer steps the perturbation is *merged*,
+
+    A ← R_B(A)        (equation 3)
+    B ← B₀            (equation 4)
+
+which leaves the function of the layer as it is, and A in S.
+
+Writing your own
+----------------
+Derive from :class:`P4Layer`, which is an ordinary ``torch.nn.Module``, and say
+
+============================  ==========================================================================================
+S and A                       ``__init__`` registers A in S as buffers; ``violation`` measures how far A is from S.
+B, and B₀                     ``perturbation`` names the parameters of B. A layer starts at B₀. ``zeroed`` are those of
+                              them that are zero at B₀; ``redrawn`` are random directions, for which any value will do
+                              as long as the others are zero, and which a merge draws anew. Neither is compulsory.
+``R_B(A)``                    ``forward`` computes with it, without forming it where that is expensive.
+merge                         ``merge`` carries out both equations, in place and under ``no_grad``. It first asks
+                              whether the result is sane, and otherwise changes nothing (SKIPPED). With ``force`` it
+                              goes beyond those bounds that are there for safety only, never beyond S.
+reset                         ``reset`` is equation 4 alone: B ← B₀, and A stays. The function goes back to that of A.
+what is not finite            No buffer may ever become infinite or NaN. A merge of a perturbation that is not finite is
+                              a reset, and says so (RESET).
+a perturbation that leaves S  Where ``R_B`` cannot be kept within S for every B, ``merge`` skips, or scales the
+                              perturbation back (PARTIAL); then the function changes with the merge.
+correction                    ``correct`` repairs what rounding did to A and to what is derived from it. Does nothing by
+                              default.
+penalty                       ``penalty`` is a term for the loss that keeps B where it can be merged. Zero by default.
+random numbers                Those of ``redrawn`` must be a function of buffers, such as a seed and a counter of
+                              merges: then all processes of a data-parallel run, and a resumed run, draw the same.
+                              :class:`p4flows.LowRank` does this for a perturbation ``U Vᵀ``.
+============================  ==========================================================================================
+
+:class:`p4flows.MergeScheduler` speaks to this contract only, so that it merges any such layer; and
+:func:`p4flows.testing.check_perturbation` tests any of them. For averages over training, :class:`p4flows.AveragedModel`
+asks for two members more, ``trained_matrix`` and ``set_matrix``; see there.
+
+Scale factors that stay positive, multiplied by ``exp(b)`` with b = 0 at B₀:
+
+>>> class Positive(P4Layer):
+...     def __init__(self, features: int) -> None:
+...         super().__init__()
+...         self.features = features
+...         self.register_buffer("a", torch.ones(features))
+...         self.b = nn.Parameter(torch.zeros(features))
+...
+...     @property
+...     def perturbation(self) -> tuple[nn.Parameter, ...]:
+...         return (self.b,)
+...
+...     zeroed = perturbation
+...
+...     def forward(self, x: Tensor) -> Tensor:
+...         return x * self.a * self.b.exp()
+...
+...     @torch.no_grad()
+...     def merge(self, force: bool = False) -> Tensor:
+...         new, finite = self.a * self.b.exp(), self.b.isfinite().all()
+...         sane = finite & (new.isfinite() & (new > 0)).all()
+...         self.a.copy_(torch.where(sane, new, self.a))
+...         self.b.masked_fill_(sane | ~finite, 0)
+...         outcome = torch.where(sane, int(MergeOutcome.MERGED), int(MergeOutcome.SKIPPED))
+...         return outcome.where(finite, int(MergeOutcome.RESET))
+...
+...     @torch.no_grad()
+...     def reset(self) -> None:
+...         self.b.zero_()
+...
+...     def violation(self) -> Tensor:
+...         return (-self.a).clamp(min=0).max().double()
+>>> from p4flows.testing import check_perturbation
+>>> check_perturbation(lambda: Positive(3), skip=["copies"])  # pickles want a class that can be imported
+"""
 
 from __future__ import annotations
 
@@ -23,7 +105,8 @@ class MergeOutcome(IntEnum):
     MERGED: the perturbation is in the frozen parameters, and starts anew.
     FORCED: the same, although a bound was violated.
     RESET: the perturbation was not finite; it starts anew, without a merge.
-    PARTIAL: a part of the perturbation is in the frozen parameters, and the rest of it remains.
+    PARTIAL: a part of the perturbation is in the frozen parameters; the rest of it remains (InvertibleLinear), or is
+        dropped, since it would have left the feasible set (P4Lipschitz).
 
     :meth:`P4Layer.merge` returns one of these. :meth:`P4Layer.merge_all` may say why a merge was skipped:
 
@@ -58,8 +141,8 @@ class Correction(IntEnum):
     """What a correction did.
 
     NONE: nothing, since none was needed.
-    ITERATED: a few steps of hyperpower iteration.
-    INVERTED: an inversion from nothing, since the inverse was too far off for an iteration to converge.
+    ITERATED: a few steps of an iteration, such as the hyperpower iteration for an inverse.
+    INVERTED: what is derived was made from nothing, since it was too far off for an iteration to converge.
     """
 
     NONE = 0
@@ -68,14 +151,10 @@ class Correction(IntEnum):
 
 
 class P4Layer(nn.Module, ABC):
-    """A layer trained by property-preserving parameter perturbations (P4).
+    """A layer trained by property-preserving parameter perturbations (P4), as the head of this module describes.
 
-    The layer computes with the perturbed parameters ``R_B(A)``. Only the perturbation B is trained; ``A`` is
-    frozen and changes in :meth:`merge` (``A <- R_B(A)``, equation 3; ``B <- B0``, equation 4), which leaves the
-    layer's function as it is. Section 3.1 of Krämer, Köhler, Noé (arXiv:2010.07033).
-
-    A subclass names the parameters of its perturbation, and those that a merge sets to zero or draws anew. The class
-    methods exist so that many small layers can be merged by a few calls, and default to a loop.
+    Section 3.1 of Krämer, Köhler, Noé (arXiv:2010.07033). The class methods exist so that many small layers can be
+    merged by a few calls, and default to a loop.
     """
 
     merge_every: int = 10
@@ -83,6 +162,20 @@ class P4Layer(nn.Module, ABC):
 
     look_every: int = 1
     """After how many rounds of plain merges a scheduler calls ``correct_all(..., where_needed=True)``."""
+
+    deferred: bool = False
+    """Whether the layer computes with A alone, so that the perturbation takes effect at the merge only.
+
+    So it is where A follows weights that are trained without constraint (error feedback, :class:`InvertibleLinear`);
+    the gradient with respect to A goes to these weights. Then a merge does change the function, and may take a part of
+    the perturbation and leave the rest for later.
+    """
+
+    additive: bool = False
+    """Whether ``R_B(A) - A`` is linear in ``zeroed``.
+
+    Then copies of these parameters that an optimizer keeps can be moved along when a merge changes the directions.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +188,7 @@ class P4Layer(nn.Module, ABC):
     @property
     @abstractmethod
     def perturbation(self) -> tuple[nn.Parameter, ...]:
-        """The trained parameters that a merge moves into the frozen ones."""
+        """The trained parameters B that a merge moves into the frozen ones."""
 
     @property
     def zeroed(self) -> tuple[nn.Parameter, ...]:
@@ -120,15 +213,23 @@ class P4Layer(nn.Module, ABC):
         """Drop the perturbation without merging it: the function goes back to that of the frozen parameters."""
 
     @abstractmethod
+    def violation(self) -> Tensor:
+        """How far the frozen parameters, and what is derived from them, are from the property: the test of the layer.
+
+        A number of 0 or more without a unit, () in float64, which is zero up to rounding as long as all is well. It is
+        a diagnostic, and may be expensive.
+        """
+
     def correct(self) -> Tensor:
-        """Repair what rounding did to the frozen parameters' derived quantities.
+        """Repair what rounding did to the frozen parameters and to what is derived from them; nothing by default.
 
         Returns the value of a :class:`Correction`, an int64 tensor, 0-d or one for each of many matrices.
         """
+        return torch.tensor(int(Correction.NONE), device=self.perturbation[0].device)
 
-    @abstractmethod
     def penalty(self) -> Tensor:
-        """Differentiable scalar that keeps the perturbation where it can be merged."""
+        """Differentiable scalar () that keeps the perturbation where it can be merged; zero, in float64, by default."""
+        return torch.zeros((), dtype=torch.float64, device=self.perturbation[0].device)
 
     def diagnostics(self) -> dict[str, Tensor]:
         """What is worth watching in training, by name: 0-d tensors, or one number for each of many matrices.

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from p4flows.checks import flag, integer
-from p4flows.layers.dense import InvertibleLinear
-from p4flows.layers.invertible import P4Inv
 
 __all__ = [
     "Place",
@@ -63,9 +61,9 @@ def put(found: Iterable[Place], make: Callable[[nn.Module, int], nn.Module]) -> 
     return len(new)
 
 
-def classes(p4inv: type, dense: type) -> dict[type, type]:
-    """A plug-in's two classes, by themselves and by the classes of the package that they are made of."""
-    return {P4Inv: p4inv, p4inv: p4inv, InvertibleLinear: dense, dense: dense}
+def classes(made: Mapping[type, type]) -> dict[type, type]:
+    """A plug-in's classes, given by the classes of the package that they are made of, also by themselves."""
+    return {**made, **{cls: cls for cls in made.values()}}
 
 
 def arguments(

@@ -80,7 +80,7 @@ class InvertibleLinear(_Lazy):
     make = _InvertibleLinear
 
 
-_LAYERS = surgery.classes(P4InvLinear, InvertibleLinear)
+_LAYERS = surgery.classes({P4Inv: P4InvLinear, _InvertibleLinear: InvertibleLinear})
 _LINEAR = (PermutationTransform, LULinearTransform, RotationTransform)
 
 

@@ -1,4 +1,7 @@
-"""Every invertible layer, by name: a constructor that takes its width n, dtype and seed. The harness runs over all."""
+"""Every layer, by name: a constructor that takes its width n, dtype and seed. The harnesses run over all of them.
+
+A new implementation of the P4 contract takes one line: in LAYERS if it is invertible, otherwise in OTHER_LAYERS.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,19 @@ import torch
 from torch import Tensor, nn
 
 import p4flows
-from p4flows import BentIdentity, Inverse, InvertibleLinear, MergeScheduler, P4Inv, P4InvStack, P4Layer
-from p4flows.layers.perturbed import PerturbedInverse
+from p4flows import (
+    BentIdentity,
+    Inverse,
+    InvertibleLinear,
+    MergeScheduler,
+    P4Conv2d,
+    P4Inv,
+    P4InvStack,
+    P4Layer,
+    P4Linear,
+    P4Lipschitz,
+    P4Orthogonal,
+)
 
 N = 6
 PERMUTATION = torch.tensor([2, 0, 1, 5, 3, 4])
@@ -38,6 +52,10 @@ def _layer(cls: type, **options) -> Callable[..., nn.Module]:
 
 def _permutation(n: int) -> Tensor:
     return PERMUTATION if n == N else torch.arange(n, device="cpu").roll(1)
+
+
+def _input(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(shape[-1]), device="cpu")
 
 
 def _activation(cls: type) -> Callable[..., nn.Module]:
@@ -86,6 +104,9 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
     "P4InvStack-wide": _layer(WideP4InvStack, depth=3, rank=2),
     "P4InvStack-wide-rank1": _layer(WideP4InvStack, depth=3, rank=1),
     "P4InvStack-plain": _layer(P4InvStack, depth=4, activations=lambda n: [_Leaky()]),
+    "P4Orthogonal": _layer(P4Orthogonal),
+    "P4Orthogonal-rank1": _layer(P4Orthogonal, rank=1, init=_permutation),
+    "P4Orthogonal-rank5": _layer(P4Orthogonal, rank=5, init="orthogonal"),
     "Inverse": lambda n=N, dtype=None, device=None: Inverse(BentIdentity()),
     "BentIdentity": _activation(BentIdentity),
 }
@@ -97,6 +118,7 @@ except ImportError:
 else:
     LAYERS["nflows.P4InvLinear"] = _layer(p4flows.nflows.P4InvLinear, rank=2)
     LAYERS["nflows.InvertibleLinear"] = _layer(p4flows.nflows.InvertibleLinear, init=_permutation)
+    LAYERS["nflows.P4OrthogonalLinear"] = _layer(p4flows.nflows.P4OrthogonalLinear, init=_permutation)
     LAYERS["nflows.BentIdentity"] = _activation(p4flows.nflows.BentIdentity)
 
 try:
@@ -109,11 +131,14 @@ else:
     BGFLOW = True
     LAYERS["bgflow.P4InvFlow"] = _layer(p4flows.bgflow.P4InvFlow, rank=2)
     LAYERS["bgflow.InvertibleLinearFlow"] = _layer(p4flows.bgflow.InvertibleLinearFlow, init=_permutation)
+    LAYERS["bgflow.P4OrthogonalFlow"] = _layer(p4flows.bgflow.P4OrthogonalFlow, init=_permutation)
     LAYERS["bgflow.BentIdentityFlow"] = _activation(p4flows.bgflow.BentIdentityFlow)
-    LAYERS["bgflow.P4InvSwap"] = lambda n=N, **more: p4flows.bgflow.P4InvSwap(n // 3, n - n // 3, **{"seed": 7, **more})
-    LAYERS["bgflow.InvertibleSwap"] = lambda n=N, **more: p4flows.bgflow.InvertibleSwap(
-        n // 3, n - n // 3, **{"seed": 7, **more}
-    )
+    for name, swap in (
+        ("bgflow.P4InvSwap", p4flows.bgflow.P4InvSwap),
+        ("bgflow.InvertibleSwap", p4flows.bgflow.InvertibleSwap),
+        ("bgflow.P4OrthogonalSwap", p4flows.bgflow.P4OrthogonalSwap),
+    ):
+        LAYERS[name] = lambda n=N, swap=swap, **more: swap(n // 3, n - n // 3, **{"seed": 7, **more})
 
 try:
     import p4flows.normflows
@@ -123,8 +148,31 @@ else:
     LAYERS["normflows.P4InvLinear"] = _layer(p4flows.normflows.P4InvLinear, rank=2)
     LAYERS["normflows.InvertibleLinear"] = _layer(p4flows.normflows.InvertibleLinear, init=_permutation)
 
-CASES = [(name, n) for n in (N, 1) for name in LAYERS if n > 1 or "Swap" not in name]
-"""Every layer at its usual width, and at width one, where a swap has nothing to swap."""
+OTHER_LAYERS: dict[str, tuple[Callable[[], P4Layer], Tensor]] = {
+    "P4Linear": (lambda: P4Linear(7, 3, seed=7), _input(5, 7)),
+    "P4Linear-rank3": (lambda: P4Linear(3, 7, 3, seed=7), _input(5, 3)),
+    "P4Conv2d": (lambda: P4Conv2d(2, 4, 3, rank=2, seed=7), _input(2, 2, 5, 5)),
+    "P4Lipschitz": (lambda: P4Lipschitz(6, 4, 0.7, seed=7), _input(5, 6)),
+    "P4Lipschitz-rank1": (lambda: P4Lipschitz(4, 6, 2.0, rank=1, seed=7, dtype=torch.float64), _input(5, 4)),
+}
+"""Implementations of the P4 contract that have no inverse: a constructor, and an input."""
+
+
+def contract_cases() -> dict[str, tuple[Callable[[], P4Layer], Tensor | tuple[Tensor, ...]]]:
+    """Every implementation of the P4 contract, by name: a constructor, and an input."""
+    found = {}
+    for name, make in LAYERS.items():
+        layer = make(N)
+        if isinstance(layer, P4Layer):
+            parts = (layer.dim0, layer.dim1) if hasattr(layer, "dim0") else (N,)
+            channels = tuple(_input(5, part) for part in parts)
+            found[name] = lambda make=make: make(N, dtype=torch.float64), channels
+    return found | OTHER_LAYERS
+
+
+# A swap of one feature has nothing to swap, and orthogonal matrices of one entry are -1 and 1.
+CASES = [(name, n) for n in (N, 1) for name in LAYERS if n > 1 or not ("Swap" in name or "Orthogonal" in name)]
+"""Every layer of LAYERS at its usual width, and at width one."""
 
 
 def apply(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,15 +196,16 @@ def _flow(flow: nn.Module, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
 
 
 def perturb(layer: nn.Module, scale: float = 0.1) -> nn.Module:
-    """Put noise on U and the bias, so that nothing is at its special starting value."""
+    """Put noise on the perturbation and the bias, so that nothing is at its special starting value."""
     with torch.no_grad():
         for module in layer.modules():
-            if isinstance(module, PerturbedInverse):
-                module.U.normal_(std=scale)
-            if isinstance(module, InvertibleLinear):
-                module.weight.add_(scale * torch.randn_like(module.weight))
-            if isinstance(module, P4Layer) and module.bias is not None:
-                module.bias.normal_()
+            if isinstance(module, P4Layer):
+                redrawn = {id(p) for p in module.redrawn}
+                for p in module.perturbation:
+                    if id(p) not in redrawn:
+                        p.add_(scale * torch.randn_like(p))
+                if module.bias is not None:
+                    module.bias.normal_()
     return layer
 
 

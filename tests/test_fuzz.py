@@ -8,7 +8,18 @@ import torch
 from torch import nn
 
 import p4flows
-from p4flows import BentIdentity, Inverse, InvertibleLinear, MergeScheduler, P4Inv, P4InvStack, P4Linear
+from p4flows import (
+    BentIdentity,
+    Inverse,
+    InvertibleLinear,
+    MergeScheduler,
+    P4Inv,
+    P4InvStack,
+    P4Linear,
+    P4Lipschitz,
+    P4Orthogonal,
+)
+from p4flows.testing import check_perturbation
 
 JUNK = [
     *(
@@ -57,6 +68,24 @@ CALLS = {
         InvertibleLinear,
         {name: value for name, value in LAYER.items() if name not in ("bounds_penalty", "penalty_weight")},
     ),
+    "P4Orthogonal": (
+        P4Orthogonal,
+        {name: value for name, value in LAYER.items() if not name.startswith(("bounds", "penalty"))},
+    ),
+    "P4Lipschitz": (
+        P4Lipschitz,
+        {
+            **{"in_features": 3, "out_features": 2, "bound": 0.5, "rank": 1, "bias": True, "seed": 0, "device": "cpu"},
+            "dtype": torch.float32,
+        },
+    ),
+    "check_perturbation": (
+        check_perturbation,
+        {
+            **{"constructor": lambda: P4Linear(3, 2), "example": torch.ones(2, 3), "steps": 1, "scale": 0.1},
+            **{"tolerance": 1e-3, "only": ["groups"], "skip": ["devices"]},
+        },
+    ),
     "P4InvStack": (P4InvStack, {**LAYER, "depth": 3, "models": 2, "activations": [BentIdentity()]}),
     "P4Linear": (
         P4Linear,
@@ -87,6 +116,8 @@ CALLS = {
     "correct": (P4Inv(3).correct, {"order": 7}),
     "set_matrix": (P4Inv(3).set_matrix, {"M": torch.eye(3)}),
     "set_matrix of dense": (InvertibleLinear(3).set_matrix, {"M": torch.eye(3)}),
+    "set_matrix of orthogonal": (P4Orthogonal(3).set_matrix, {"M": torch.eye(3)}),
+    "set_matrix of Lipschitz": (P4Lipschitz(3, 3).set_matrix, {"M": torch.eye(3) / 2}),
 }
 try:
     from p4flows.molecules import (
@@ -185,5 +216,6 @@ def test_wrong_arguments(name, argument, tmp_path, monkeypatch):
             if not isinstance(error, ValueError | TypeError) or argument not in str(error):
                 pytest.fail(f"{argument}={value!r} raised {type(error).__name__}: {error}")
         else:
-            if isinstance(result, P4Inv | InvertibleLinear | P4InvStack | P4Linear) and not result.A.is_meta:
+            kinds = P4Inv | InvertibleLinear | P4InvStack | P4Linear | P4Orthogonal | P4Lipschitz
+            if isinstance(result, kinds) and not result.A.is_meta:
                 assert all(T.isfinite().all() for T in result.state_dict().values()), repr(value)

@@ -21,9 +21,9 @@ from benchmarks.harness.environment import save
 from benchmarks.harness.parts import part
 from benchmarks.harness.pool import pool_of
 from benchmarks.paper.mnist_figure import draw
-from p4flows import MergeScheduler, P4Linear
+from p4flows import MergeScheduler, P4Layer, P4Linear
 
-__all__ = ["FILES", "KEPT", "PICTURE", "add_arguments", "claims", "digits", "network", "run", "table"]
+__all__ = ["FILES", "KEPT", "PICTURE", "add_arguments", "claims", "digits", "fit", "network", "run", "table"]
 
 FILES = ("mnist.json", "mnist.png")
 PICTURE = draw
@@ -125,10 +125,16 @@ def train(
     x, y, test_x, test_y = digits(data)
     if quick:
         x, y, test_x, test_y = x[:128], y[:128], test_x[:64], test_y[:64]
-    model = network(_RANKS[method], replica)
+    return fit(network(_RANKS[method], replica), lr, replica, epochs, x, y, test_x, test_y)
+
+
+def fit(
+    model: nn.Module, lr: float, replica: int, epochs: int, x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor
+) -> dict[str, list[float]]:
+    """Train a network on images and labels by SGD; P4 layers, if there are any, are merged in every iteration."""
     # E[V Vᵀ] = I: a perturbation of any rank descends like a standard layer.
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
-    if _RANKS[method] is not None:
+    if any(isinstance(module, P4Layer) for module in model.modules()):
         MergeScheduler(model, optimizer, every=1).attach()
     generator = torch.Generator().manual_seed(replica)
     torch.manual_seed(1_000 + replica)  # of dropout

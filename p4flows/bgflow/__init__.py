@@ -1,4 +1,4 @@
-"""P4Inv, InvertibleLinear and the Bent identity as bgflow flows, learned swaps, surgery, and bridges to bgflow.
+"""Layers of p4flows as bgflow flows, learned swaps, surgery on existing flows, and bridges to bgflow.
 
 bgflow is on no package index: install it from its repository, ``pip install git+https://github.com/noegroup/bgflow``.
 It reads the name ``numpy.infty``, which NumPy 2 no longer has, both on import and later. Where the name is missing,
@@ -24,7 +24,15 @@ except ImportError as error:
     ) from error
 
 from p4flows.bgflow.energy import as_bgflow_energy
-from p4flows.bgflow.flows import BentIdentityFlow, InvertibleLinearFlow, InvertibleSwap, P4InvFlow, P4InvSwap
+from p4flows.bgflow.flows import (
+    BentIdentityFlow,
+    InvertibleLinearFlow,
+    InvertibleSwap,
+    P4InvFlow,
+    P4InvSwap,
+    P4OrthogonalFlow,
+    P4OrthogonalSwap,
+)
 from p4flows.bgflow.pppp import from_pppp, to_pppp
 from p4flows.bgflow.surgery import replace_swaps
 
@@ -34,6 +42,8 @@ __all__ = [
     "InvertibleSwap",
     "P4InvFlow",
     "P4InvSwap",
+    "P4OrthogonalFlow",
+    "P4OrthogonalSwap",
     "as_bgflow_energy",
     "from_pppp",
     "replace_swaps",

@@ -12,8 +12,18 @@ from p4flows.checks import integer
 from p4flows.layers.activations import BentIdentity
 from p4flows.layers.dense import InvertibleLinear
 from p4flows.layers.invertible import P4Inv
+from p4flows.layers.orthogonal import P4Orthogonal
 
-__all__ = ["BentIdentityFlow", "InvertibleLinearFlow", "InvertibleSwap", "P4InvFlow", "P4InvSwap"]
+__all__ = [
+    "SWAPS",
+    "BentIdentityFlow",
+    "InvertibleLinearFlow",
+    "InvertibleSwap",
+    "P4InvFlow",
+    "P4InvSwap",
+    "P4OrthogonalFlow",
+    "P4OrthogonalSwap",
+]
 
 
 # What super() is in these two classes depends on the class that comes next to them, which mypy cannot know.
@@ -54,6 +64,18 @@ class InvertibleLinearFlow(_OneChannel, InvertibleLinear, Flow):
     >>> y, dlogp = flow(torch.randn(8, 4))
     >>> y.shape, dlogp.shape
     (torch.Size([8, 4]), torch.Size([8, 1]))
+    """
+
+
+class P4OrthogonalFlow(_OneChannel, P4Orthogonal, Flow):
+    """:class:`p4flows.P4Orthogonal` as a bgflow ``Flow`` that preserves volume: ``flow(x) -> (y, dlogp)``, dlogp zero.
+
+    x is (..., features) and dlogp (..., 1). Arguments are those of :class:`p4flows.P4Orthogonal`.
+
+    >>> flow = P4OrthogonalFlow(4, init="reverse")
+    >>> y, dlogp = flow(torch.randn(2, 4))
+    >>> y.shape, dlogp.tolist()
+    (torch.Size([2, 4]), [[0.0], [0.0]])
     """
 
 
@@ -122,6 +144,29 @@ class InvertibleSwap(_Swap, InvertibleLinear, Flow):
     >>> y0.tolist(), y1.tolist()
     ([[2.0, 3.0]], [[1.0]])
     """
+
+
+class P4OrthogonalSwap(_Swap, P4Orthogonal, Flow):
+    """A learned swap of two channels, as :class:`P4InvSwap`, that preserves volume as bgflow's ``SwapFlow`` does.
+
+    x0 (..., dim0) and x1 (..., dim1) are concatenated, mapped by a P4Orthogonal layer, and split into y0 (..., dim1)
+    and y1 (..., dim0). As for :class:`P4InvSwap`, do not put one on channels that hold raw dihedrals.
+
+    Args:
+        dim0, dim1: sizes of the two channels.
+        rank: of the perturbation; None for the default of :class:`p4flows.P4Orthogonal`.
+        init: "swap" starts as bgflow's ``SwapFlow``; or anything else :class:`p4flows.P4Orthogonal` takes.
+        options: further arguments of :class:`p4flows.P4Orthogonal`.
+
+    >>> swap = P4OrthogonalSwap(1, 2)
+    >>> y0, y1, dlogp = swap(torch.tensor([[1.0]]), torch.tensor([[2.0, 3.0]]))
+    >>> y0.tolist(), y1.tolist()
+    ([[2.0, 3.0]], [[1.0]])
+    """
+
+
+SWAPS = {P4Inv: P4InvSwap, InvertibleLinear: InvertibleSwap, P4Orthogonal: P4OrthogonalSwap}
+"""The swaps, by the classes of p4flows that they are made of."""
 
 
 def _concatenate(channels: tuple[Tensor, ...], dim0: int, dim1: int) -> Tensor:

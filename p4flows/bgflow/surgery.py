@@ -10,12 +10,12 @@ from bgflow import BoltzmannGenerator, ConditionalSplineTransformer, SwapFlow
 from torch import Tensor, nn
 
 from p4flows import surgery
-from p4flows.bgflow.flows import InvertibleSwap, P4InvSwap
+from p4flows.bgflow.flows import SWAPS, P4InvSwap
 from p4flows.checks import choice, items
 
 __all__ = ["replace_swaps"]
 
-_SWAPS = surgery.classes(P4InvSwap, InvertibleSwap)
+_SWAPS = surgery.classes(SWAPS)
 
 
 def replace_swaps(
@@ -42,12 +42,13 @@ def replace_swaps(
         init: "swap", or "reverse" for the paper's reversed permutation.
         rank: of the perturbations, or that a weight is followed with; capped at the number of features of narrower
             swaps. None for the layer's own default.
-        swap: :class:`P4InvSwap` or :class:`InvertibleSwap`, or the class of :mod:`p4flows` that it is made of.
+        swap: :class:`P4InvSwap`, :class:`InvertibleSwap`, or :class:`P4OrthogonalSwap` to preserve volume as bgflow's
+            swaps do; or the class of :mod:`p4flows` that it is made of.
         skip: ``skip(name, channels)`` with the swap's path in the flow and the tensors that went into it in the example
             pass; where true, the swap is left as it is. Use it for channels of raw dihedrals: a dense map is no
             diffeomorphism of a torus.
         seed: the i-th new layer gets ``seed + i``.
-        options: further arguments of :class:`p4flows.P4Inv` or :class:`p4flows.InvertibleLinear`.
+        options: further arguments of the layer that the swap is made of, such as ``bias``.
 
     Warns:
         UserWarning: where nothing was replaced, and for a swap that the example pass does not reach; and, unless there

@@ -81,6 +81,7 @@ class InvertibleLinear(Tracked, P4Layer):
     _version = 1  # of the state dict
 
     merge_every = 1
+    deferred = True
     look_every = 10
     gathered = ("weight", "directions")
 

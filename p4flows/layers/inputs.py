@@ -1,12 +1,16 @@
-"""What both directions of every layer say about an input that is no floating-point tensor."""
+"""What both directions of every layer say about a wrong input."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["require_floating"]
+from p4flows.layers.autocast import autocasting
+
+__all__ = ["require_floating", "require_rows"]
 
 
 def require_floating(x: Any) -> None:
@@ -25,3 +29,16 @@ def require_floating(x: Any) -> None:
     elif type(x).__module__.partition(".")[0] == "numpy":
         given, advice = f"numpy.{given}", "; torch.as_tensor makes one of it"
     raise ValueError(f"input: expected a floating-point tensor, got {given}{advice}")
+
+
+def require_rows(x: Any, A: Tensor, leading: Sequence[int] = ()) -> None:
+    """ValueError unless x is a tensor (*leading, ..., n) of the dtype and device of the layer's matrix A (..., n)."""
+    require_floating(x)
+    n, lead = A.shape[-1], len(leading)
+    if x.device != A.device:
+        raise ValueError(f"input: expected device {A.device} as the layer's, got {x.device}")
+    if x.ndim <= lead or x.shape[-1] != n or x.shape[:lead] != torch.Size(leading):
+        expected = ", ".join([*map(str, leading), "...", str(n)])
+        raise ValueError(f"input: expected shape ({expected}), got {tuple(x.shape)}")
+    if x.dtype != A.dtype and not autocasting(x):
+        raise ValueError(f"input: expected dtype {A.dtype} as the layer's, got {x.dtype}")

@@ -1,26 +1,23 @@
-"""P4Linear: a plain linear layer trained through low-rank perturbations (Appendix I)."""
+"""P4Linear and P4Conv2d: plain layers trained through low-rank perturbations (Appendix I)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import conv2d, pad
 
-from p4flows.checks import floating, integer, move
+from p4flows.checks import move
+from p4flows.layers.affine import Affine
 from p4flows.layers.inputs import require_floating
-from p4flows.layers.low_rank import LowRank
-from p4flows.perturbation import Correction, MergeOutcome, P4Layer
+from p4flows.perturbation import MergeOutcome
 from p4flows.tracking.algebra import fits, largest
-from p4flows.tracking.matrix import moved
 
-__all__ = ["P4Linear"]
+__all__ = ["P4Conv2d", "P4Linear"]
 
 
-class P4Linear(LowRank, P4Layer):
+class P4Linear(Affine):
     r"""Linear layer ``y = (A + U Vᵀ) x + b`` of any shape, trained through the perturbation ``U Vᵀ`` of rank k.
 
     There is no inverse and no determinant to track: what is left of P4 is that only k (m + n) numbers are trained at a
@@ -31,7 +28,7 @@ class P4Linear(LowRank, P4Layer):
         in_features: n, the size of the last dimension of the input.
         out_features: m, the size of the last dimension of the output.
         rank: k, 1 <= k <= min(m, n). The paper has 1.
-        bias: whether there is a trainable b (m,).
+        bias: whether there is a trained b (m,).
         seed: V is a function of the seed and of the number of merges; give layers of one model different seeds.
         device, dtype: of all floating-point tensors.
 
@@ -54,11 +51,6 @@ class P4Linear(LowRank, P4Layer):
     (torch.Size([5, 10]), 804)
     """
 
-    _version = 2  # of the state dict; 1 had no A_float
-
-    A: Tensor
-    A_float: Tensor | None
-
     def __init__(
         self,
         in_features: int,
@@ -70,44 +62,30 @@ class P4Linear(LowRank, P4Layer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features = integer("in_features", in_features, 1)
-        self.out_features = integer("out_features", out_features, 1)
-        self.rank = integer("rank", rank, 1, min(self.in_features, self.out_features))
-        dtype = floating(dtype)
-        bound = 1 / math.sqrt(self.in_features)
-        shape = self.out_features, self.in_features
-        with torch.device("cpu"):
-            start = torch.empty(shape, dtype=torch.promote_types(dtype, torch.float32)).uniform_(-bound, bound)
-            self.register_buffer("A", start.to(dtype))
-            self.register_buffer("A_float", start if _too_coarse(dtype) else None)
-            self._register_perturbation(self.A, self.rank, torch.tensor(integer("seed", seed), dtype=torch.int64), bias)
-            if self.bias is not None:
-                nn.init.uniform_(self.bias, -bound, bound)
+        super().__init__(in_features, out_features, rank, bias, seed, dtype)
         move(self, device)
 
-    @classmethod
-    def from_linear(cls, layer: nn.Linear, rank: int = 1, seed: int = 0) -> P4Linear:
-        """A layer that starts as the same function as an ``nn.Linear``, with a copy of its weight and bias."""
-        if not isinstance(layer, nn.Linear):
-            raise ValueError(f"layer: expected an nn.Linear, got {type(layer).__name__}")
-        sizes = layer.in_features, layer.out_features
-        new = cls(*sizes, rank, layer.bias is not None, seed, device=layer.weight.device, dtype=layer.weight.dtype)
+    @staticmethod
+    def from_linear(layer: nn.Linear | nn.Conv2d, rank: int = 1, seed: int = 0) -> P4Linear:
+        """A layer that starts as the same function, with a copy of the weight and bias.
+
+        Of an ``nn.Linear`` it makes a P4Linear, of an ``nn.Conv2d`` a :class:`P4Conv2d`.
+        """
+        options: dict[str, Any] = {"rank": rank, "seed": seed}
+        if isinstance(layer, nn.Linear):
+            sizes, make = (layer.in_features, layer.out_features), P4Linear
+        elif isinstance(layer, nn.Conv2d):
+            sizes, make = (layer.in_channels, layer.out_channels, layer.kernel_size), P4Conv2d
+            options |= {name: getattr(layer, name) for name in _GEOMETRY}
+        else:
+            raise ValueError(f"layer: expected an nn.Linear or an nn.Conv2d, got {type(layer).__name__}")
+        weight, bias = layer.weight.detach(), layer.bias
+        new = make(*sizes, bias=bias is not None, device=weight.device, dtype=weight.dtype, **options)
         with torch.no_grad():
-            for A in (new.A, new.A_float):
-                if A is not None:
-                    A.copy_(layer.weight)
-            if new.bias is not None:
-                new.bias.copy_(layer.bias)
+            new.set_frozen(weight.flatten(1))
+            if bias is not None:
+                new.bias.copy_(bias)
         return new.train(layer.training)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(A + U Vᵀ) x + b``, without forming ``U Vᵀ``."""
-        require_floating(x)
-        return linear(x, self.A, self.bias) + linear(x @ self.V, self.U)
 
     @torch.no_grad()
     def merge(self, force: bool = False) -> Tensor:
@@ -116,48 +94,81 @@ class P4Linear(LowRank, P4Layer):
         Skipped where A would not stay finite; where U or V is not finite the perturbation is reset instead. Does not
         wait for the device. Returns the :class:`MergeOutcome`, an int64 tensor ().
         """
-        A = self.A if self.A_float is None else self.A_float
         size = largest(self.U) * largest(self.V)
         finite = size.isfinite()
+        A = self.exact
         kept = fits(A[None], self.rank * size[None], torch.finfo(self.A.dtype).max / 4)[0] & finite
         U, V = (torch.where(kept, M, 0).to(A.dtype) for M in (self.U, self.V))
         A.addmm_(U, V.mT)
-        if A is not self.A:
-            self.A.copy_(A)
-        self._redraw(kept | ~finite)
+        self.round_frozen()
+        self.redraw(kept | ~finite)
         merged = torch.where(kept, int(MergeOutcome.MERGED), int(MergeOutcome.SKIPPED))
         return merged.where(finite, int(MergeOutcome.RESET))
 
-    def correct(self) -> Tensor:
-        """Nothing is derived from A, so that there is nothing to correct."""
-        return torch.full_like(self.merges, int(Correction.NONE))
-
-    def penalty(self) -> Tensor:
-        """Zero, in float64: every perturbation can be merged."""
+    def violation(self) -> Tensor:
+        """Zero, in float64: every matrix is feasible."""
         return torch.zeros((), dtype=torch.float64, device=self.A.device)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> P4Linear:
-        # .half() and .to(dtype) must not round what A is rounded from, and .float() gives it back.
-        dtype = self.A.dtype
-        exact = self.A if self.A_float is None else self.A_float
-        super()._apply(fn, recurse)
-        if _too_coarse(self.A.dtype) and (self.A_float is None or self.A_float.dtype != torch.float32):
-            self.A_float = moved(exact, self.A.device).to(torch.float32)
-        if self.A.dtype != dtype:
-            self.A = moved(exact, self.A.device).to(self.A.dtype)
-            if not _too_coarse(self.A.dtype):
-                self.A_float = None
-        return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        A, A_float = (state_dict.get(prefix + name) for name in ("A", "A_float"))
-        if self.A_float is None and A_float is not None:
-            state_dict[f"{prefix}A"] = state_dict.pop(f"{prefix}A_float")
-        elif self.A_float is not None and A_float is None and A is not None:
-            state_dict[f"{prefix}A_float"] = A.to(torch.float32, copy=True)
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+_GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
-def _too_coarse(dtype: torch.dtype) -> bool:
-    """Whether a matrix of this dtype would swallow most of what is merged into it."""
-    return dtype.itemsize < 4
+class P4Conv2d(P4Linear):
+    """Convolution trained as :class:`P4Linear`: A + U Vᵀ is its weight, one row for each output channel.
+
+    The perturbation is k filters, the columns of V, and a 1 × 1 convolution with U behind them, so that ``U Vᵀ`` is
+    not formed. :meth:`P4Linear.from_linear` makes one of an ``nn.Conv2d``.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: those of
+            ``nn.Conv2d``, whose errors are torch's.
+        rank: k, 1 <= k <= min(m, n), where m is ``out_channels`` and n = in_channels / groups × kernel height × width.
+        seed, device, dtype: as for :class:`P4Linear`.
+
+    Attributes: those of :class:`P4Linear`, for the m × n matrix.
+
+    Shapes: input (N, in_channels, H, W) to output (N, out_channels, H', W'), as for ``nn.Conv2d``.
+
+    >>> layer = P4Linear.from_linear(nn.Conv2d(32, 64, 3), rank=4)
+    >>> layer(torch.zeros(5, 32, 8, 8)).shape, sum(p.numel() for p in layer.parameters())
+    (torch.Size([5, 64, 6, 6]), 1472)
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        rank: int = 1,
+        seed: int = 0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        geometry = stride, padding, dilation, groups
+        plain = nn.Conv2d(in_channels, out_channels, kernel_size, *geometry, False, padding_mode, device="meta")
+        super().__init__(plain.weight[0].numel(), out_channels, rank, bias, seed, device=device, dtype=dtype)
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, plain.kernel_size
+        for name in _GEOMETRY:
+            setattr(self, name, getattr(plain, name))
+        # torch's own form of the padding, which has "same" and the modes beside zeros in it
+        self._padding = list(plain._reversed_padding_repeated_twice)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, {self.kernel_size}, rank={self.rank}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The convolution with the weight ``A + U Vᵀ``, and b."""
+        require_floating(x)
+        if any(self._padding):
+            x = pad(x, self._padding, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        options = {"stride": self.stride, "dilation": self.dilation, "groups": self.groups}
+        filters = self.V.mT.unflatten(1, (-1, *self.kernel_size)).repeat(self.groups, 1, 1, 1)
+        perturbed = conv2d(conv2d(x, filters, **options), self.U[..., None, None], groups=self.groups)
+        return conv2d(x, self.A.unflatten(1, (-1, *self.kernel_size)), self.bias, **options) + perturbed

@@ -8,12 +8,16 @@ from torch import Tensor, nn
 from p4flows.checks import flag
 from p4flows.tracking.noise import directions, redraw_
 
-__all__ = ["LowRank"]
+__all__ = ["LowRank", "default_rank"]
 
 
 class LowRank(nn.Module):
-    """A layer with parameters U (*batch, m, k), V (*batch, n, k), bias (*batch, m) and buffers seed, merges (*batch).
+    """A perturbation ``U Vᵀ`` for a layer that derives from this and from :class:`p4flows.P4Layer`, in this order.
 
+    The layer calls :meth:`register_perturbation` in its constructor and :meth:`redraw` where it has merged; ``reset``,
+    ``perturbation``, ``zeroed``, ``redrawn`` and ``carried`` are here.
+
+    It has parameters U (*batch, m, k), V (*batch, n, k), bias (*batch, m) and buffers seed, merges (*batch).
     A reset sets U to zero and draws the next V of the seed. V is trained where k = 1, as in the paper. Where k > 1 it
     is fixed between merges (``V.requires_grad`` is False): then a step of U is a step of a dense matrix within k random
     directions. Training V as well teaches nothing more, and products of both steps make large learning rates unstable.
@@ -26,7 +30,7 @@ class LowRank(nn.Module):
     seed: Tensor
     merges: Tensor
 
-    def _register_perturbation(self, A: Tensor, rank: int, seed: Tensor, bias: bool) -> None:
+    def register_perturbation(self, A: Tensor, rank: int, seed: Tensor, bias: bool) -> None:
         """Create all tensors, in the dtype of A (*batch, m, n): the perturbation is zero, with the first V of seed."""
         m, n = A.shape[-2:]
         self.register_buffer("seed", seed.clone())
@@ -61,10 +65,15 @@ class LowRank(nn.Module):
 
     def reset(self) -> None:
         """Drop the perturbation without merging it: U = 0, a new V; the function becomes that of A."""
-        everywhere = torch.ones_like(self.merges, dtype=torch.bool)
-        self._redraw(everywhere)
+        self.redraw(torch.ones_like(self.merges, dtype=torch.bool))
 
-    def _redraw(self, which: Tensor) -> None:
+    def redraw(self, which: Tensor) -> None:
+        """Start the next perturbation, U = 0 and a new V, where ``which`` (*batch) is true."""
         tensors = (self.U, self.V, self.seed, self.merges)
         U, V, seed, merges = (t.detach().view(-1, *t.shape[self.merges.ndim :]) for t in tensors)
         redraw_(U, V, seed, merges, which.view(-1))
+
+
+def default_rank(n: int) -> int:
+    """The rank of a perturbation that is not given: n, but at most 64."""
+    return min(n, 64)

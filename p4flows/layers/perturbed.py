@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from p4flows.checks import Bounds, bounds, integer, number
-from p4flows.layers.low_rank import LowRank
+from p4flows.layers.low_rank import LowRank, default_rank
 from p4flows.layers.tracked import Tracked
 from p4flows.perturbation import MergeOutcome, P4Layer
 from p4flows.tracking import algebra
@@ -41,6 +41,7 @@ class PerturbedInverse(Tracked, LowRank, P4Layer):
 
     _version = 3  # of the state dict; 1 had no float64 pair, 2 had the matrices in the layer itself
 
+    additive = True
     gathered = ("U", "V", "seed", "merges")
 
     def __init__(
@@ -63,7 +64,7 @@ class PerturbedInverse(Tracked, LowRank, P4Layer):
 
     def _register(self, start: InitialMatrix, dtype: torch.dtype, seed: Tensor, bias: bool) -> None:
         self.tracked = TrackedMatrix(start, dtype)
-        self._register_perturbation(self.tracked.A, self.rank, seed, bias)
+        self.register_perturbation(self.tracked.A, self.rank, seed, bias)
 
     @property
     def matrix_double(self) -> Tensor:
@@ -160,8 +161,3 @@ class PerturbedInverse(Tracked, LowRank, P4Layer):
         for parameter in (self.U, self.V):
             parameter.data = parameter.data.new_zeros(*parameter.shape[:-1], rank)
         self.V.requires_grad_(rank == 1)
-
-
-def default_rank(n: int) -> int:
-    """The rank of a perturbation that is not given: n, but at most 64."""
-    return min(n, 64)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from p4flows.layers.autocast import autocasting
-from p4flows.layers.inputs import require_floating
+from p4flows.layers.inputs import require_rows
+from p4flows.tracking import algebra
 from p4flows.tracking.correction import correct_, drifted_
 from p4flows.tracking.estimates import condition_estimate, residual_estimate
 from p4flows.tracking.group import Group
@@ -102,6 +102,10 @@ class Tracked(nn.Module):
         states = cls._grouped(layers).states()
         return cls._joined([correct_(state, drifted_(state) if where_needed else None) for state in states], layers)
 
+    def violation(self) -> Tensor:
+        """``max|A A⁻¹ - I|`` of the frozen pair in float64, () in float64: nothing where A⁻¹ is the inverse of A."""
+        return algebra.residual(*self.tracked.exact).abs().max()
+
     def diagnostics(self) -> dict[str, Tensor]:
         """Estimates of residual and condition of the frozen pair, and sign and log|det| of the effective matrix."""
         with torch.no_grad():
@@ -113,16 +117,7 @@ class Tracked(nn.Module):
             }
 
     def _check(self, x: Tensor, leading: Sequence[int] = ()) -> None:
-        A = self.tracked.A
-        require_floating(x)
-        if x.device != A.device:
-            raise ValueError(f"input: expected device {A.device} as the layer's, got {x.device}")
-        lead = len(leading)
-        if x.ndim <= lead or x.shape[-1] != self.features or x.shape[:lead] != torch.Size(leading):
-            expected = ", ".join([*map(str, leading), "...", str(self.features)])
-            raise ValueError(f"input: expected shape ({expected}), got {tuple(x.shape)}")
-        if x.dtype != A.dtype and not autocasting(x):
-            raise ValueError(f"input: expected dtype {A.dtype} as the layer's, got {x.dtype}")
+        require_rows(x, self.tracked.A, leading)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         # Versions 1 and 2 of the state had the matrices in the layer itself.

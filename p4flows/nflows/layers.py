@@ -7,9 +7,10 @@ from nflows.transforms import Transform
 from p4flows.layers.activations import BentIdentity as _BentIdentity
 from p4flows.layers.dense import InvertibleLinear as _InvertibleLinear
 from p4flows.layers.invertible import P4Inv
+from p4flows.layers.orthogonal import P4Orthogonal
 from p4flows.rows import OnRows
 
-__all__ = ["BentIdentity", "InvertibleLinear", "P4InvLinear"]
+__all__ = ["MADE_OF", "BentIdentity", "InvertibleLinear", "P4InvLinear", "P4OrthogonalLinear"]
 
 
 class P4InvLinear(OnRows, P4Inv, Transform):
@@ -34,5 +35,19 @@ class InvertibleLinear(OnRows, _InvertibleLinear, Transform):
     """
 
 
+class P4OrthogonalLinear(OnRows, P4Orthogonal, Transform):
+    """:class:`p4flows.P4Orthogonal` as an nflows ``Transform`` that preserves volume: inputs (N, features), zeros (N,).
+
+    >>> import torch
+    >>> y, logabsdet = P4OrthogonalLinear(4, init="reverse")(torch.randn(8, 4))
+    >>> y.shape, logabsdet.tolist()
+    (torch.Size([8, 4]), [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    """
+
+
 class BentIdentity(OnRows, _BentIdentity, Transform):
     """:class:`p4flows.BentIdentity` as an nflows ``Transform``: inputs (N, features), log|det| (N,)."""
+
+
+MADE_OF = {P4Inv: P4InvLinear, _InvertibleLinear: InvertibleLinear, P4Orthogonal: P4OrthogonalLinear}
+"""The linear layers, by the classes of p4flows that they are made of."""

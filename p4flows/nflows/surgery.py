@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from p4flows import surgery
 from p4flows.checks import flag
-from p4flows.nflows.layers import InvertibleLinear, P4InvLinear
+from p4flows.nflows.layers import MADE_OF, P4InvLinear
 from p4flows.nflows.recognition import (
     IMAGE_LAYERS,
     LINEAR,
@@ -25,7 +25,7 @@ from p4flows.nflows.recognition import (
 
 __all__ = ["replace_permutations"]
 
-_LAYERS = surgery.classes(P4InvLinear, InvertibleLinear)
+_LAYERS = surgery.classes(MADE_OF)
 
 
 def replace_permutations(
@@ -52,7 +52,8 @@ def replace_permutations(
         flow_or_transform: an nflows ``Flow`` or ``Transform`` (or any module that contains some).
         rank: of the perturbations, or that a weight is followed with; capped at the number of features of narrower
             permutations. None for the layer's own default.
-        layer: :class:`P4InvLinear` or :class:`InvertibleLinear`, or the class of :mod:`p4flows` that it is made of.
+        layer: :class:`P4InvLinear`, :class:`InvertibleLinear`, or :class:`P4OrthogonalLinear` to preserve volume as the
+            permutations do; or the class of :mod:`p4flows` that it is made of.
         linear: also replace ``LULinear``, ``QRLinear``, ``SVDLinear`` and ``NaiveLinear``, starting from their
             matrix and bias. sbi's ``nsf`` has no permutations but these.
         example: a batch of inputs; where given, one pass (without context) tells vectors from images. Without it,

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import swa_utils
 
-from p4flows.layers.linear import P4Linear
 from p4flows.perturbation import P4Layer
 
 __all__ = ["AveragedModel"]
@@ -20,9 +19,13 @@ class AveragedModel(swa_utils.AveragedModel):
     """:class:`torch.optim.swa_utils.AveragedModel` for models with P4 layers: averages what they have learned.
 
     A, A_inv, U and V must not be averaged each by itself: the mean of inverses is not the inverse of the mean, and U
-    goes to zero at every merge. So this class averages the effective matrix ``A + U Vᵀ`` of a P4Inv, P4InvStack or
-    P4Linear, and the weight of an InvertibleLinear, in float64, by the same ``avg_fn`` or ``multi_avg_fn``, and inverts
-    the average. Everything else is averaged as torch does it, and the arguments are torch's.
+    goes to zero at every merge. So this class averages the effective matrix of each layer (the weight of an
+    InvertibleLinear), in float64, by the same ``avg_fn`` or ``multi_avg_fn``, and inverts the average. The average of a
+    P4Orthogonal is the orthogonal matrix nearest to the mean. Everything else is averaged as torch does it, and the
+    arguments are torch's.
+
+    A P4 layer can be averaged if it has ``trained_matrix``, what is averaged, in float64, and ``set_matrix(M)``, which
+    makes M the effective matrix; or ``set_average(M)``, where a mean has to be brought back to the feasible set.
 
     Torch's own class refuses models with trainable P4 layers (ValueError), and so does what is built on it, such as
     Lightning's ``WeightAveraging``. Tools that copy parameters one by one, such as ``torch_ema`` or Lightning's
@@ -57,18 +60,18 @@ class AveragedModel(swa_utils.AveragedModel):
             for averaged, layer in zip(self.module.modules(), model.modules(), strict=True)
             if isinstance(layer, P4Layer) and _averages(layer)
         ]
-        means = [_matrix(averaged) for averaged, _ in pairs]
+        means = [averaged.trained_matrix.clone() for averaged, _ in pairs]
         count = self.n_averaged.clone()
         super().update_parameters(model)
         for mean, (averaged, layer) in zip(means, pairs, strict=True):
-            current = _matrix(layer).to(mean.device)
+            current = layer.trained_matrix.to(mean.device)
             if count == 0:
                 mean = current
             elif self.avg_fn is not None:
                 mean = self.avg_fn(mean, current, count)
             else:
                 (self.multi_avg_fn or swa_utils.get_swa_multi_avg_fn())([mean], [current], count)
-            _set_matrix(averaged, mean)
+            _set_average(averaged, mean)
 
 
 def _trained(layer: P4Layer) -> bool:
@@ -76,21 +79,12 @@ def _trained(layer: P4Layer) -> bool:
 
 
 def _averages(layer: P4Layer) -> bool:
-    return isinstance(layer, P4Linear) or (hasattr(layer, "trained_matrix") and hasattr(layer, "set_matrix"))
+    return hasattr(layer, "trained_matrix") and hasattr(layer, "set_matrix")
 
 
-def _matrix(layer: Any) -> Tensor:
-    if not isinstance(layer, P4Linear):
-        return layer.trained_matrix
-    return layer.A.double() + layer.U.detach().double() @ layer.V.detach().double().mT
-
-
-def _set_matrix(layer: Any, M: Tensor) -> None:
-    if not isinstance(layer, P4Linear):
-        layer.set_matrix(M)
-        return
-    layer.A.copy_(M)
-    layer.U.zero_()
+def _set_average(layer: Any, mean: Tensor) -> None:
+    # Where the feasible set is not convex, the mean is not in it.
+    getattr(layer, "set_average", layer.set_matrix)(mean)
 
 
 def _reduce(layer: P4Layer, protocol: int) -> Any:

@@ -142,7 +142,8 @@ def refuse_unknown(optimizers: Sequence[Optimizer], layers: Iterable[P4Layer], r
 
 def full_rank(layer: P4Layer) -> bool:
     """Whether a move from the old directions to the new ones loses nothing."""
-    return bool(layer.redrawn) and all(p.shape[-1] == p.shape[-2] > 1 and not p.requires_grad for p in layer.redrawn)
+    directions = layer.redrawn if layer.additive else ()
+    return bool(directions) and all(p.shape[-1] == p.shape[-2] > 1 and not p.requires_grad for p in directions)
 
 
 def _names(optimizer: Any) -> set[str]:

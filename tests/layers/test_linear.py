@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from p4flows import MergeOutcome, MergeScheduler, P4Linear
+from p4flows import AveragedModel, MergeOutcome, MergeScheduler, P4Conv2d, P4Linear
 
 sizes = pytest.mark.parametrize(("n", "m", "rank"), [(7, 3, 1), (3, 7, 2), (5, 5, 5), (1, 4, 1)])
 
@@ -114,5 +114,64 @@ def test_copies_and_checkpoints_draw_the_same_perturbations():
 
 
 def test_wrong_layer():
-    with pytest.raises(ValueError, match=r"layer: expected an nn.Linear, got Conv1d"):
+    with pytest.raises(ValueError, match=r"layer: expected an nn.Linear or an nn.Conv2d, got Conv1d"):
         P4Linear.from_linear(nn.Conv1d(1, 1, 1))
+
+
+GEOMETRIES = [
+    {},
+    {"stride": 2, "padding": 1},
+    {"padding": "same", "dilation": 2},
+    {"groups": 2, "bias": False},
+    {"padding": (2, 1), "padding_mode": "circular"},
+    {"kernel_size": (1, 3), "padding": "valid", "groups": 4},
+]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_convolution_is_that_of_the_effective_matrix(geometry, rank):
+    plain = nn.Conv2d(4, 8, **{"kernel_size": 3, **geometry}, dtype=torch.float64)
+    layer = P4Linear.from_linear(plain, rank, seed=2)
+    assert isinstance(layer, P4Conv2d)
+    x = torch.randn(3, 4, 7, 6, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(layer(x), plain(x))
+    with torch.no_grad():
+        layer.U.normal_()
+        plain.weight.copy_(layer.matrix.view_as(plain.weight))
+    torch.testing.assert_close(layer(x), plain(x))
+    gradients = torch.autograd.grad(layer(x).square().sum(), [x, layer.U])
+    weight = layer.matrix.view_as(plain.weight)
+    expected = torch.func.functional_call(plain, {"weight": weight}, (x,)).square().sum()
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, [x, layer.U]), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert layer.merge() == MergeOutcome.MERGED
+    torch.testing.assert_close(layer(x), plain(x))
+
+
+def test_a_convolution_trains():
+    torch.manual_seed(0)
+    target, layer = nn.Conv2d(2, 4, 3), P4Conv2d(2, 4, 3, rank=2)
+    optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=0.03)
+    MergeScheduler(layer, optimizer, every=5).attach()
+    for _ in range(400):
+        x = torch.randn(8, 2, 6, 6)
+        loss = (layer(x) - target(x)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 1e-3
+
+
+def test_averages_of_linear_layers_in_half_precision_average_what_the_matrix_is_rounded_from():
+    layer = P4Linear(5, 3, dtype=torch.bfloat16)
+    averaged = AveragedModel(layer)
+    matrices = []
+    for _ in range(4):
+        with torch.no_grad():
+            layer.U.normal_(std=0.01)
+        layer.merge()
+        averaged.update_parameters(layer)
+        matrices.append(layer.A_float.clone())
+    torch.testing.assert_close(averaged.module.A_float, torch.stack(matrices).mean(0))
+    assert torch.equal(averaged.module.A, averaged.module.A_float.bfloat16())

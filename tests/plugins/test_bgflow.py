@@ -20,6 +20,8 @@ from p4flows.bgflow import (  # noqa: E402
     InvertibleSwap,
     P4InvFlow,
     P4InvSwap,
+    P4OrthogonalFlow,
+    P4OrthogonalSwap,
     as_bgflow_energy,
     from_pppp,
     replace_swaps,
@@ -98,6 +100,9 @@ FLOWS = {
     "InvertibleLinearFlow of one": lambda **options: InvertibleLinearFlow(1, **options),
     "InvertibleSwap": lambda **options: InvertibleSwap(2, 4, **options),
     "InvertibleSwap of two": lambda **options: InvertibleSwap(1, 1, init="reverse", **options),
+    "P4OrthogonalFlow": lambda **options: P4OrthogonalFlow(N, **{"init": "orthogonal", **options}),
+    "P4OrthogonalFlow of rank one": lambda **options: P4OrthogonalFlow(N, rank=1, bias=False, **options),
+    "P4OrthogonalSwap": lambda **options: P4OrthogonalSwap(2, 4, **options),
 }
 
 
@@ -152,7 +157,7 @@ def test_both_directions_of_every_flow(name, prepare):
     assert all(parameter.grad.isfinite().all() for parameter in flow.parameters() if parameter.requires_grad)
 
 
-@pytest.mark.parametrize("cls", [P4InvSwap, InvertibleSwap])
+@pytest.mark.parametrize("cls", [P4InvSwap, InvertibleSwap, P4OrthogonalSwap])
 @pytest.mark.parametrize(("dim0", "dim1"), [(3, 3), (2, 4), (5, 1)])
 def test_a_new_swap_is_bgflow_s_swap(cls, dim0, dim1):
     swap, old = cls(dim0, dim1, rank=2), bg.SwapFlow()
@@ -162,14 +167,14 @@ def test_a_new_swap_is_bgflow_s_swap(cls, dim0, dim1):
             assert torch.equal(new, expected)
 
 
-@pytest.mark.parametrize("cls", [P4InvSwap, InvertibleSwap])
+@pytest.mark.parametrize("cls", [P4InvSwap, InvertibleSwap, P4OrthogonalSwap])
 def test_reverse_starts_as_the_paper_s_permutation(cls):
     y0, y1, _ = cls(1, 2, init="reverse")(torch.tensor([1.0]), torch.tensor([2.0, 3.0]))
     assert y0.tolist() == [3.0, 2.0]
     assert y1.tolist() == [1.0]
 
 
-@pytest.mark.parametrize("cls", [P4InvSwap, InvertibleSwap])
+@pytest.mark.parametrize("cls", [P4InvSwap, InvertibleSwap, P4OrthogonalSwap])
 def test_wrong_swaps(cls):
     with pytest.raises(ValueError, match="dim1: expected an integer >= 1, got 0"):
         cls(3, 0)
@@ -263,6 +268,8 @@ def test_what_cannot_be_replaced():
         (p4flows.P4Inv, P4InvSwap),
         (InvertibleSwap, InvertibleSwap),
         (p4flows.InvertibleLinear, InvertibleSwap),
+        (P4OrthogonalSwap, P4OrthogonalSwap),
+        (p4flows.P4Orthogonal, P4OrthogonalSwap),
     ],
 )
 def test_the_kind_of_swap_is_chosen(given, made):
@@ -271,11 +278,25 @@ def test_the_kind_of_swap_is_chosen(given, made):
     expected = flow(x)
     assert replace_swaps(flow, x, swap=given, seed=3) == 3
     swaps = [module for module in flow.modules() if type(module) is made]
-    assert [(swap.dim0, swap.dim1, swap.rank) for swap in swaps] == [(2, 4, N)] * 3  # the rank is that of the layer
+    assert [(swap.dim0, swap.dim1, swap.rank) for swap in swaps] == [(2, 4, made(2, 4).rank)] * 3
     for new, old in zip(flow(x), expected, strict=True):
         torch.testing.assert_close(new, old, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="swap: expected P4InvSwap or InvertibleSwap, got"):
+    with pytest.raises(ValueError, match="swap: expected P4InvSwap or InvertibleSwap or P4OrthogonalSwap, got"):
         replace_swaps(real_nvp(), x, swap=P4InvFlow)
+
+
+def test_orthogonal_swaps_preserve_volume():
+    flow, x = real_nvp(), torch.randn(20, N)
+    *_, before = flow(x)
+    replace_swaps(flow, x, swap=P4OrthogonalSwap)
+    swaps = [module for module in flow.modules() if isinstance(module, P4OrthogonalSwap)]
+    for swap in swaps:
+        perturb(swap)
+        channels = x.split([swap.dim0, swap.dim1], -1)
+        *y, dlogp = swap(*channels)
+        assert (dlogp == 0).all()
+        torch.testing.assert_close(torch.cat(y, -1).sub(swap.bias).norm(dim=-1), x.norm(dim=-1))
+    assert before.shape == flow(x)[-1].shape == (20, 1)
 
 
 def test_an_error_leaves_the_flow_as_it_was(monkeypatch):
@@ -341,7 +362,7 @@ def setup(add_penalty=False, **options):
     return boltzmann, flow, optimizer, scheduler
 
 
-@pytest.mark.parametrize(("swap", "merges"), [(P4InvSwap, 6), (InvertibleSwap, 60)])
+@pytest.mark.parametrize(("swap", "merges"), [(P4InvSwap, 6), (InvertibleSwap, 60), (P4OrthogonalSwap, 6)])
 def test_kl_trainer_with_an_attached_scheduler(swap, merges):
     torch.manual_seed(2)
     flow = real_nvp()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from registry import PERMUTATION, N, matrix
+from registry import PERMUTATION, N, matrix, perturb
 from torch import nn
 
 pytest.importorskip("nflows")
@@ -39,7 +39,7 @@ from nflows.utils import create_mid_split_binary_mask
 
 import p4flows
 from p4flows import MergeScheduler
-from p4flows.nflows import InvertibleLinear, P4InvLinear, replace_permutations
+from p4flows.nflows import InvertibleLinear, P4InvLinear, P4OrthogonalLinear, replace_permutations
 
 
 class Net(nn.Sequential):
@@ -226,7 +226,9 @@ def test_an_error_leaves_the_flow_as_it_was():
     assert list(flow.modules()) == modules
     with pytest.raises(TypeError, match="unknown"):
         replace_permutations(flow, linear=True, unknown=1)
-    with pytest.raises(ValueError, match=r"layer: expected P4InvLinear or InvertibleLinear, got <.*\.Linear"):
+    with pytest.raises(
+        ValueError, match=r"layer: expected P4InvLinear or InvertibleLinear or P4OrthogonalLinear, got <.*\.Linear"
+    ):
         replace_permutations(flow, layer=nn.Linear)
     assert list(flow.modules()) == modules
 
@@ -245,6 +247,38 @@ def test_the_layer_is_chosen(layer):
     losses, scheduler = train(flow)
     assert losses[-1] < losses[0] - 0.5
     assert scheduler.steps == 60
+
+
+@pytest.mark.parametrize("layer", [P4OrthogonalLinear, p4flows.P4Orthogonal])
+def test_orthogonal_layers_preserve_volume_as_permutations_do(layer):
+    flow = real_nvp()
+    expected = outputs(flow)
+    assert replace_permutations(flow, layer=layer) == 3
+    for new, old in zip(outputs(flow), expected, strict=True):
+        torch.testing.assert_close(new, old, atol=1e-5, rtol=0)
+    losses, scheduler = train(flow)
+    assert losses[-1] < losses[0] - 0.3
+    assert scheduler.counters["merged"] == 18
+    mixes = [module for module in flow.modules() if isinstance(module, P4OrthogonalLinear)]
+    assert len(mixes) == 3
+    for mix in mixes:
+        perturb(mix)
+        x = torch.randn(20, N)
+        y, logabsdet = mix(x)
+        assert logabsdet.shape == (20,)
+        assert (logabsdet == 0).all()
+        torch.testing.assert_close((y - mix.bias).norm(dim=-1), x.norm(dim=-1))
+
+
+@pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
+def test_an_orthogonal_layer_cannot_take_the_place_of_one_that_is_not():
+    flow = Flow(CompositeTransform([ReversePermutation(N), LULinear(N)]), StandardNormal([N]))
+    modules = list(flow.modules())
+    with torch.no_grad():
+        flow._transform._transforms[1].unconstrained_upper_diag.add_(1)
+    with pytest.raises(ValueError, match="init: expected an orthogonal matrix"):
+        replace_permutations(flow, layer=P4OrthogonalLinear, linear=True)
+    assert list(flow.modules()) == modules
 
 
 # --- copies of nflows -------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def test_layers_that_cannot_be_averaged_are_refused():
             self.B = nn.Parameter(torch.zeros(2))
 
         perturbation = property(lambda self: (self.B,))
-        merge = reset = correct = penalty = lambda self: None
+        merge = reset = violation = lambda self: None
 
     with pytest.raises(ValueError, match=r"model: a Other, '0', cannot be averaged"):
         AveragedModel(nn.Sequential(Other()))

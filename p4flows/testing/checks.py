@@ -1,0 +1,251 @@
+"""The checks of a layer, each by itself."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+
+import torch
+from torch import nn
+
+from p4flows.perturbation import MergeOutcome
+from p4flows.testing.case import Case, keeps_function
+
+__all__ = [
+    "compiling",
+    "conversions",
+    "copies",
+    "declarations",
+    "devices",
+    "draws",
+    "gradients",
+    "groups",
+    "half_precision",
+    "identity",
+    "merging",
+    "modes",
+    "not_finite",
+    "resuming",
+    "training",
+]
+
+_HALF = torch.bfloat16
+
+
+def declarations(case: Case) -> None:
+    """B is made of parameters of the layer, of which ``zeroed`` and ``redrawn`` are two separate parts."""
+    layer = case.new()
+    B = layer.perturbation
+    assert isinstance(B, tuple), f"perturbation: expected a tuple of parameters, got {B!r}"
+    assert all(isinstance(p, nn.Parameter) for p in B), "perturbation: expected instances of nn.Parameter"
+    own = {id(p) for p in layer.parameters()}
+    parts = [{id(p) for p in each} for each in (B, layer.zeroed, layer.redrawn)]
+    assert parts[0] <= own, "perturbation: expected parameters of the layer"
+    assert parts[1] | parts[2] <= parts[0], "zeroed, redrawn: expected parameters of the perturbation"
+    assert not parts[1] & parts[2], "zeroed, redrawn: expected different parameters"
+    assert any(p.requires_grad for p in B), "perturbation: expected a parameter that requires gradients"
+    assert layer.merge_every in range(1, 2**31), f"merge_every: expected an integer >= 1, got {layer.merge_every!r}"
+    penalty = layer.penalty()
+    assert penalty.shape == (), f"penalty: expected a scalar, got shape {tuple(penalty.shape)}"
+    assert penalty.isfinite(), f"penalty: expected a finite one, got {penalty!r}"
+    for name, outcome in (("merge", layer.merge()), ("correct", layer.correct())):
+        assert outcome.dtype == torch.int64, f"{name}: expected outcomes in int64, got {outcome.dtype}"
+
+
+def identity(case: Case) -> None:
+    """A layer starts at B₀, where neither a reset nor a merge nor a correction changes the function, and in S."""
+    for layer in (case.new(), case.changed(case.new())):
+        before = case.outputs(layer)
+        case.assert_holds(layer, "at B0")
+        for name, do in (("reset", layer.reset), ("merge", layer.merge), ("correct", layer.correct)):
+            do()
+            assert all((p == 0).all() for p in layer.zeroed), f"{name}: expected zeroed parameters to be zero"
+            case.assert_close(before, case.outputs(layer), f"{name} at B0 changes the function")
+
+
+def merging(case: Case) -> None:
+    """A perturbation changes the function, a merge keeps it and ends at B₀; a reset goes back."""
+    layer = case.changed(case.new())
+    frozen = case.outputs(layer)
+    case.perturb(layer, case.generator(3))
+    before = case.outputs(layer)
+    other = copy.deepcopy(layer)
+    other.reset()
+    case.assert_close(frozen, case.outputs(other), "reset does not go back to the function of the frozen parameters")
+    outcome = case.merge(layer)
+    skipped = bool(MergeOutcome.is_skip(outcome).all())
+    assert not skipped, f"merge: expected a perturbation of size {case.scale:g} to be merged, got {outcome!r}"
+    after = case.outputs(layer)
+    if layer.deferred:
+        case.assert_close(frozen, before, "a deferred perturbation changes the function before the merge")
+    elif keeps_function(outcome):
+        case.assert_close(before, after, "merging changes the function")
+        assert all((p == 0).all() for p in layer.zeroed), "merge: expected zeroed parameters to be zero"
+    layer.reset()
+    case.assert_close(after, case.outputs(layer), "a merge does not end at B0")
+    case.assert_holds(layer, "after a merge")
+
+
+def not_finite(case: Case) -> None:
+    """A perturbation with NaN or infinity in it is not merged, and a reset gets rid of it."""
+    for number in (float("nan"), float("inf")):
+        for i in range(len(case.new().perturbation)):
+            layer = case.changed(case.new())
+            frozen = case.outputs(layer)
+            p = layer.perturbation[i]
+            if not p.requires_grad:
+                continue
+            p.detach().view(-1)[0] = number
+            outcome = case.merge(layer, force=True)
+            refused = MergeOutcome.is_skip(outcome) | (outcome == MergeOutcome.RESET)
+            assert refused.any(), f"merge: expected {number} in the perturbation to be refused, got {outcome!r}"
+            case.assert_holds(layer, f"after a merge of {number}")
+            layer.reset()
+            assert all(each.isfinite().all() for each in layer.perturbation), f"reset: {number} stays"
+            case.assert_close(
+                frozen, case.outputs(layer), f"{number} in a perturbation gets into the frozen parameters"
+            )
+
+
+def gradients(case: Case) -> None:
+    """At B₀ the gradient of a loss reaches the perturbation, and is finite."""
+    layer = case.changed(case.new())
+    outputs = [out for out in case.call(layer) if out.requires_grad]
+    assert outputs, "forward: expected an output that requires gradients"
+    noise = [torch.randn(out.shape, dtype=torch.float64, generator=case.generator(4)).to(out) for out in outputs]
+    trained = [p for p in layer.perturbation if p.requires_grad]
+    found = torch.autograd.grad(outputs, trained, noise, allow_unused=True)
+    found = [gradient for gradient in found if gradient is not None]
+    assert all(gradient.isfinite().all() for gradient in found), "gradient: expected a finite one"
+    assert any(gradient.abs().max() > 0 for gradient in found), "gradient: expected one that is not zero at B0"
+
+
+def training(case: Case) -> None:
+    """A layer that a MergeScheduler merges learns the function of another one, and keeps its property."""
+    layer = case.new()
+    losses, _ = case.train(layer, 100)
+    assert losses[-1] < 0.9 * losses[0], f"training: expected a loss below {losses[0]:.3g}, got {losses[-1]:.3g}"
+    case.assert_holds(layer, "after training")
+
+
+def resuming(case: Case) -> None:
+    """A training that goes on from state dicts in a file ends, bit for bit, as one that was not interrupted."""
+    whole, resumed = case.new(), case.new(seed=1)
+    _, state = case.train(whole, 13)
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    case.train(whole, 13, state)
+    case.train(resumed, 13, torch.load(file, weights_only=True))
+    case.assert_equal_states(whole, resumed, "a resumed training")
+
+
+def copies(case: Case) -> None:
+    """Copies and pickles are equal, and independent of the original."""
+    layer = case.changed(case.new())
+    case.perturb(layer, case.generator(5))
+    for name, duplicate in (("deepcopy", copy.deepcopy), ("pickle", lambda l: pickle.loads(pickle.dumps(l)))):
+        other = duplicate(layer)
+        case.assert_equal_states(layer, other, name)
+        before = case.outputs(other)
+        case.changed(layer, 1)
+        case.assert_close(before, case.outputs(other), f"{name}: changes with the original", 0)
+        layer = other
+
+
+def draws(case: Case) -> None:
+    """What a merge draws is a function of the layer's state alone, and differs from one merge to the next."""
+    layer = case.changed(case.new())
+    others = [copy.deepcopy(layer) for _ in range(2)]
+    for seed, other in enumerate(others):
+        torch.manual_seed(seed)
+        case.changed(other)
+    case.assert_equal_states(*others, "draws that depend on torch's own generator")
+    for old, new in zip(layer.redrawn, others[0].redrawn, strict=True):
+        assert not torch.equal(old, new), "redrawn: expected other values after a merge"
+
+
+def groups(case: Case) -> None:
+    """Layers that are merged together become what they become alone."""
+    alone = [case.new(seed) for seed in range(3)]
+    for seed, layer in enumerate(alone):
+        case.perturb(layer, case.generator(seed))
+    together = copy.deepcopy(alone)
+    if len({layer.group_key for layer in together}) == 1:
+        kind = type(together[0])
+        outcomes = MergeOutcome.without_reason(kind.merge_all(kind.group(together)))
+        expected = torch.stack([layer.merge() for layer in alone])
+        assert torch.equal(outcomes, expected), f"merge_all: expected {expected!r}, got {outcomes!r}"
+        for one, other in zip(alone, together, strict=True):
+            case.assert_close(case.outputs(one), case.outputs(other), "merge_all differs from merge")
+
+
+def modes(case: Case) -> None:
+    """``train()`` and ``eval()`` compute one function, and neither they nor ``forward`` change anything."""
+    layer = case.changed(case.new())
+    case.perturb(layer, case.generator(6))
+    before = copy.deepcopy(layer)
+    outputs = [case.outputs(layer.train(mode)) for mode in (False, True)]
+    case.assert_close(*outputs, "train and eval differ", 0)
+    case.assert_equal_states(before, layer, "train, eval or forward")
+
+
+def conversions(case: Case) -> None:
+    """Conversions to float64, float32 and back keep the function and the property, and the layer merges after them."""
+    layer, tolerance = case.changed(case.new()), torch.finfo(torch.float32).eps ** 0.5
+    for dtype in (torch.float64, torch.float32, case.dtype):
+        before = case.outputs(layer)
+        layer.to(dtype)
+        case.assert_close(before, case.outputs(layer), f"conversion to {dtype}", tolerance)
+        case.changed(layer, 1)
+        case.assert_holds(layer, f"after conversion to {dtype}", tolerance)
+
+
+def half_precision(case: Case) -> None:
+    """In bfloat16 the layer runs and merges."""
+    layer = case.changed(case.new()).to(_HALF)
+    case.perturb(layer, case.generator(8))
+    assert all(out.isfinite().all() for out in case.outputs(layer)), "half precision: expected finite outputs"
+    case.merge(layer)
+    case.assert_holds(layer, "after a merge in half precision", torch.finfo(_HALF).eps ** 0.5)
+
+
+def devices(case: Case) -> None:
+    """On the accelerator of this machine, if there is one, a layer merges as on the CPU."""
+    if not torch.accelerator.is_available() or (case.dtype == torch.float64 and "mps" in str(_accelerator())):
+        return
+    here = case.changed(case.new())
+    there = case.changed(case.new().to(_accelerator()))
+    case.assert_close(case.outputs(here), case.outputs(there), f"on {_accelerator()}")
+    case.assert_holds(there, f"on {_accelerator()}")
+    case.assert_close(case.outputs(here), case.outputs(there.cpu()), f"back from {_accelerator()}")
+
+
+def _accelerator() -> torch.device | None:
+    return torch.accelerator.current_accelerator()
+
+
+def compiling(case: Case) -> None:
+    """``torch.compile`` makes one graph of the layer, which stays right, and the same, over merges."""
+    layer, generator = case.changed(case.new()), case.generator(9)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: layer(*x), fullgraph=True, backend="aot_eager")
+
+    def run() -> None:
+        try:
+            results = case.call(layer, compiled)
+        except RuntimeError as error:  # of which all of the compiler's are
+            raise AssertionError(f"expected one graph that lasts, got {error}") from error
+        case.assert_close(case.outputs(layer), [out.detach().cpu().double() for out in results], "compiled")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, on what it traces
+        run()
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for _ in range(3):
+                case.perturb(layer, generator)
+                case.merge(layer, force=True)
+                case.perturb(layer, generator)
+                run()
