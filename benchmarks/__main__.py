@@ -41,6 +41,10 @@ COMMANDS = {
         "mixing.perturbation",
         "rank and learning rate of a perturbation by the width",
     ),
+    "validation": (
+        "molecules.validation",
+        "simulations of alanine dipeptide beside OpenMM's own script, and the virial theorem",
+    ),
     "readme": ("harness.readme", "copy the result tables into README.md"),
 }
 

@@ -37,8 +37,8 @@ def fixed_bonds(bonds: Iterable[tuple[int, int]], constraints: np.ndarray) -> li
     if lacking:
         shown = ", ".join(f"{i}-{j}" for i, j in lacking[:5]) + (" ..." if len(lacking) > 5 else "")
         raise ValueError(
-            f"constraints: expected those of bonds that are coordinates, got the pairs {shown}. Only bonds that rows of "
-            "the z-matrix place an atom by, or the two of a block of three atoms, can be constrained: not angles "
+            f"constraints: expected those of bonds that are coordinates, got the pairs {shown}. Only bonds by which a "
+            "row of the z-matrix places an atom, or the two of a block of three atoms, can be constrained: not angles "
             "(constraints=HAngles), the bond that closes a ring (AllBonds), or one within a larger block. "
             "constraints=HBonds always can, and so can constraints=None"
         )
@@ -53,7 +53,8 @@ class Constraints(nn.Module):
     (Fixman 1974). Relative to stiff bonds it is
 
     .. math:: \sqrt{\det C}, \qquad C_{kl} = \frac{Z_{kl}}{\sqrt{Z_{kk} Z_{ll}}}, \qquad
-        Z_{kl} = \sum_i \frac{1}{m_i} \frac{\partial \sigma_k}{\partial x_i} \cdot \frac{\partial \sigma_l}{\partial x_i}
+        Z_{kl} = \sum_i \frac{1}{m_i}
+        \frac{\partial \sigma_k}{\partial x_i} \cdot \frac{\partial \sigma_l}{\partial x_i}
 
     for bond lengths :math:`\sigma`. C is one on its diagonal, and differs from zero elsewhere only for bonds that
     share an atom; it depends on the angle between them. For bonds to hydrogen the effect is below 0.01 kT; for a chain

@@ -45,7 +45,7 @@ class CachedSimulation:
 
 
 def cached_simulations(cache: str | os.PathLike | None = None) -> list[CachedSimulation]:
-    """What :func:`simulate` keeps in a folder, by default that of P4FLOWS_CACHE or ``~/.cache/p4flows``; newest first."""
+    """What :func:`simulate` keeps, newest first, in a folder: by default P4FLOWS_CACHE or ``~/.cache/p4flows``."""
     folders = [path for path in (root(cache) / "md").glob("*") if path.is_dir() and _KEY.fullmatch(path.name)]
     return [_look_at(folder) for folder in sorted(folders, key=lambda path: (-path.stat().st_mtime, path.name))]
 

@@ -22,8 +22,8 @@ def read_dcd(path: str | os.PathLike) -> np.ndarray:
         ValueError: if it is no DCD file, or one with fixed atoms or a fourth dimension.
     """
     data = Path(path).read_bytes()
-    order = next((o for o in "<>" if len(data) >= _HEADER and data[:8] == np.array(84, f"{o}i4").tobytes() + b"CORD"), "")
-    if not order:
+    order = next((o for o in "<>" if data[:8] == np.array(84, f"{o}i4").tobytes() + b"CORD"), "")
+    if not order or len(data) < _HEADER + 24:
         raise ValueError(f"{path}: expected a DCD file, got one that does not begin as such files do")
     integer = np.dtype(f"{order}i4")
     control = np.frombuffer(data, integer, 20, 8)

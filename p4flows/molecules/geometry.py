@@ -80,7 +80,7 @@ def is_superposed(x: Tensor, reference: Tensor) -> Tensor:
 
 
 def log_swept_volume(block: Tensor, complement: Tensor) -> Tensor:
-    """ln of the volume that m points (..., m, 3) sweep under translations and rotations, beside their vibrations; (...).
+    """ln of the volume that m points (..., m, 3) sweep under translations and rotations; (...).
 
     ``complement`` (3m, 3) are orthonormal directions that vibrations and translations do not span. Columns e × r for
     the three axes e tell how the points move under rotations; translations contribute √m each.

@@ -173,8 +173,8 @@ def _check_particles(topology: app.Topology, system: openmm.System, positions: n
     sites = [i for i in range(n) if system.isVirtualSite(i) or not system.getParticleMass(i)._value > 0]
     if sites:
         raise ValueError(
-            f"system: expected particles with a mass, got virtual sites or massless ones: {', '.join(map(str, sites))}. "
-            "They have no density; take a force field without them"
+            f"system: expected particles with a mass, got virtual sites or massless ones: "
+            f"{', '.join(map(str, sites))}. They have no density; take a force field without them"
         )
 
 

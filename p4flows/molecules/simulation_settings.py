@@ -1,4 +1,4 @@
-"""The arguments of a simulation, checked and as plain numbers: what it is computed from, and what its key is made of."""
+"""The arguments of a simulation, checked and as plain numbers, of which its key in the cache is made."""
 
 from __future__ import annotations
 

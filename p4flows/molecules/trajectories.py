@@ -38,7 +38,8 @@ def load_trajectory(source: Any, molecule: Molecule) -> np.ndarray:
         name, x = "the mdtraj.Trajectory", np.asarray(source.xyz, dtype=np.float32)
         _check_names(source.topology, molecule)
     else:
-        raise ValueError(f"source: expected the path of a DCD file or an mdtraj.Trajectory, got {type(source).__name__}")
+        kind = type(source).__name__
+        raise ValueError(f"source: expected the path of a DCD file or an mdtraj.Trajectory, got {kind}")
     if x.shape[1:] != (molecule.n_atoms, 3):
         raise ValueError(f"{name}: expected {molecule.n_atoms} atoms, as the molecule has, got {x.shape[1]}")
     if not np.isfinite(x).all():
