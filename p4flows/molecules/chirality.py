@@ -87,7 +87,7 @@ class Chirality:
             raise ValueError(f"{name}: expected structures of this molecule, got others: {self._report(positions)}")
 
     def _report(self, positions: Any) -> str:
-        inverted = self.inverted(positions).flatten(0, -2)
+        inverted = self.inverted(positions).reshape(-1, len(self.names))
         shares = [
             f"{share:.2%} at {name}"
             for share, name in zip(inverted.double().mean(0).tolist(), self.names, strict=True)

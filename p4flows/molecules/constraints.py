@@ -93,7 +93,7 @@ class Constraints(nn.Module):
 
     def check(self, name: str, x: Tensor) -> None:
         """ValueError for positions (..., n_atoms, 3) in which a constrained bond has another length."""
-        found = geometry.distance(x[..., self.pairs[:, 0], :], x[..., self.pairs[:, 1], :]).flatten(0, -2)
+        found = geometry.distance(x[..., self.pairs[:, 0], :], x[..., self.pairs[:, 1], :]).reshape(-1, len(self.pairs))
         wrong = ((found / self.lengths.to(found) - 1).abs() > _TOLERANCE).nonzero()
         if len(wrong):
             frame, k = wrong[0].tolist()

@@ -137,7 +137,8 @@ def _centre(
         triangle = len(free) < 2
         block = _triangle(graph, atom, positions) if triangle else sorted([atom, *free])
         if len(block) > 3 or (len(block) == 3 and _is_triangle(positions[block])):
-            choices.append((triangle, max(graph.distances(atom)), -len(block), atom, block))
+            terminal = sum(len(graph.neighbours[i]) == 1 for i in block)
+            choices.append((triangle, max(graph.distances(atom)), -len(block), terminal, atom, block))
     if not choices:
         raise ValueError("positions: expected a structure that has a bent angle, got all bonds on one line")
     *_, atom, block = min(choices)

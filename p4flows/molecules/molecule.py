@@ -75,6 +75,9 @@ class Molecule:
         """
         if not Path(path).is_file():
             raise ValueError(f"path: expected a PDB file, got {str(path)!r}, which is no file")
+        allowed = None, app.HBonds, app.AllBonds, app.HAngles
+        if not any(constraints is kind for kind in allowed):  # OpenMM takes anything else for None
+            raise ValueError(f"constraints: expected None, openmm.app.HBonds or AllBonds, got {constraints!r}")
         settings = {"nonbondedMethod": app.NoCutoff, "rigidWater": False, "removeCMMotion": False, **options}
         try:
             pdb = app.PDBFile(str(path))

@@ -55,10 +55,11 @@ def check_spread(
         names += [f"the {kind} {'-'.join(map(str, row))}" for row in atoms.tolist()]
     names += [f"vibration {i} of the block" for i in range(basis.shape[1])]
     vibrations = torch.linalg.svdvals(basis)
-    std = torch.cat([lengths.std(0), raw.std(0), vibrations])
+    std = torch.cat([lengths.std(0) if len(pairs) else vibrations, raw.std(0), vibrations])
     # A length is compared with its mean, an angle with a radian, a vibration with the size of the block.
     radians = raw.new_ones(len(angles) + len(dihedrals))
-    scale = torch.cat([lengths.mean(0), raw[:, : len(bonds)].mean(0), radians, lengths.mean().expand(len(vibrations))])
+    size = lengths.mean().expand(len(vibrations))
+    scale = torch.cat([lengths.mean(0), raw[:, : len(bonds)].mean(0), radians, size])
     units = ["nm"] * (len(pairs) + len(bonds)) + ["rad"] * len(radians) + ["nm"] * len(vibrations)
     still = (~(std > _SMALLEST_SPREAD * scale)).nonzero().flatten().tolist()
     if still:

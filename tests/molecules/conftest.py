@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -25,3 +27,10 @@ def energy(molecule):
     from p4flows.molecules import OpenMMEnergy
 
     return OpenMMEnergy(molecule.system, 600)
+
+
+@pytest.fixture(scope="session")
+def in_threads():
+    """An executor for simulations in this process, which take as long as they compute; to spawn others takes seconds."""
+    with ThreadPoolExecutor(2) as executor:
+        yield executor

@@ -15,8 +15,8 @@ from p4flows.molecules.cache import workplace
 
 
 @pytest.fixture
-def filled(molecule, tmp_path):
-    options = {"stride": 1, "equilibration": 0, "workers": 1, "cache": tmp_path, "progress": False}
+def filled(molecule, tmp_path, in_threads):
+    options = {"stride": 1, "equilibration": 0, "executor": in_threads, "cache": tmp_path, "progress": False}
     for frames in (3, 4):
         simulate(molecule, 300, frames, **options)
     other = tmp_path / "md" / "notes"

@@ -23,9 +23,9 @@ def block_error(values):
 
 
 @pytest.mark.parametrize("temperature", [300, 600])
-def test_the_virial_of_each_degree_of_freedom_is_kT(molecule, tmp_path, temperature):
+def test_the_virial_of_each_degree_of_freedom_is_kT(molecule, tmp_path, in_threads, temperature):
     """⟨x · ∇u⟩ = 3 n_atoms - 3, exactly, for positions relative to the centre of mass."""
-    options = {"equilibration": 2_000, "cache": tmp_path, "progress": False}
+    options = {"equilibration": 2_000, "cache": tmp_path, "executor": in_threads, "progress": False}
     x = torch.from_numpy(simulate(molecule, temperature, 4_000, 25, **options)).double()
     masses = torch.from_numpy(molecule.masses)[:, None]
     x = (x - (masses * x).sum(1, keepdim=True) / masses.sum()).requires_grad_()
@@ -36,12 +36,12 @@ def test_the_virial_of_each_degree_of_freedom_is_kT(molecule, tmp_path, temperat
 
 
 @pytest.mark.parametrize("constraints", [None, app.HBonds, app.AllBonds], ids=["free", "HBonds", "AllBonds"])
-def test_every_coordinate_has_its_share(molecule, tmp_path, constraints):
+def test_every_coordinate_has_its_share(molecule, tmp_path, in_threads, constraints):
     """⟨z ∂(u - ln|∂x/∂z|)/∂z⟩ = 1 for each coordinate whose density vanishes at the ends of its range."""
     field = app.ForceField("amber99sbildn.xml", "amber96_obc.xml")
     system = field.createSystem(molecule.topology, constraints=constraints, removeCMMotion=False)
     molecule = Molecule.from_openmm(molecule.topology, system, molecule.positions)
-    options = {"equilibration": 2_000, "cache": tmp_path, "progress": False}
+    options = {"equilibration": 2_000, "cache": tmp_path, "executor": in_threads, "progress": False}
     x = torch.from_numpy(simulate(molecule, 600, 4_000, 25, **options)).double()
     coordinates = MixedCoordinates(molecule, x)
     z = coordinates(x)[0].requires_grad_()

@@ -194,8 +194,10 @@ def test_solvent_hydrogens_and_paths(tmp_path):
         Molecule.from_pdb(bare)
     with pytest.raises(ValueError, match="expected a PDB file, got .*nowhere.pdb', which is no file"):
         Molecule.from_pdb(tmp_path / "nowhere.pdb")
-    with pytest.raises(ValueError, match="could not make a system of it"):
+    with pytest.raises(ValueError, match="constraints: expected None, openmm.app.HBonds or AllBonds, got .HBonds."):
         load("proline_dipeptide", constraints="HBonds")
+    with pytest.raises(ValueError, match="could not make a system of it: .*nonsense"):
+        load("proline_dipeptide", nonsense=True)
 
 
 def test_virtual_sites_have_no_coordinates():

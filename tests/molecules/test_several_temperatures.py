@@ -20,22 +20,23 @@ R = 8.31446261815324e-3
 OPTIONS = {"stride": 4, "equilibration": 20, "progress": False}
 
 
-def test_several_temperatures_are_simulations_of_their_own(molecule, tmp_path):
-    x = simulate(molecule, [300, 600], 40, cache=tmp_path, **OPTIONS)
+def test_several_temperatures_are_simulations_of_their_own(molecule, tmp_path, in_threads):
+    options = {**OPTIONS, "executor": in_threads, "cache": tmp_path}
+    x = simulate(molecule, [300, 600], 40, **options)
     assert x.shape == (2, 40, 22, 3)
     assert len([*(tmp_path / "md").iterdir()]) == 2
     for temperature, frames in zip((300.0, 600 * unit.kelvin), x, strict=True):
         start = time.monotonic()
-        assert np.array_equal(simulate(molecule, temperature, 40, cache=tmp_path, **OPTIONS), frames)
+        assert np.array_equal(simulate(molecule, temperature, 40, **options), frames)
         assert time.monotonic() - start < 1
     for given in ([300, 600] * unit.kelvin, np.array([300.0, 600.0]), (300 * unit.kelvin, 600)):
-        assert np.array_equal(simulate(molecule, given, 40, cache=tmp_path, **OPTIONS), x)
-    assert simulate(molecule, [300], 40, cache=tmp_path, **OPTIONS).shape == (1, 40, 22, 3)
+        assert np.array_equal(simulate(molecule, given, 40, **options), x)
+    assert simulate(molecule, [300], 40, **options).shape == (1, 40, 22, 3)
     assert len([*(tmp_path / "md").iterdir()]) == 2
 
 
-def test_exchanges_are_cached_described_and_told(molecule, tmp_path, capfd):
-    options = {**OPTIONS, "exchange": 10, "cache": tmp_path, "progress": True}
+def test_exchanges_are_cached_described_and_told(molecule, tmp_path, in_threads, capfd):
+    options = {**OPTIONS, "executor": in_threads, "exchange": 10, "cache": tmp_path, "progress": True}
     x = simulate(molecule, [300, 330, 360], 60, **options)
     assert x.shape == (3, 60, 22, 3)
     (folder,) = (tmp_path / "md").iterdir()
@@ -87,11 +88,12 @@ def mean_sign(barrier, tilt, temperature):
     return (w * np.sign(s)).sum() / w.sum()
 
 
-def test_exchange_samples_each_temperature(tmp_path):
+def test_exchange_samples_each_temperature(tmp_path, in_threads):
     """A barrier of 16 kT at 300 K: the cold replica crosses it by way of the hot one, and the populations are right."""
     barrier, tilt = 40.0, 1.2
     temperatures = [300, 500, 900, 1700]
     options = {"positions": [[-0.1, 0, 0]], "stride": 200, "equilibration": 5_000, "cache": tmp_path, "progress": False}
+    options["executor"] = in_threads
     system = double_well(barrier, tilt)
     x = simulate(system, temperatures, 6_000, exchange=100, time_step=2.0, **options)
     for temperature, frames in zip(temperatures, x[..., 0, 0], strict=True):

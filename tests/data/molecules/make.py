@@ -9,9 +9,11 @@ import math
 import random
 from pathlib import Path
 
+import numpy as np
 import openmm
 import PeptideBuilder
 from Bio.PDB import PDBIO
+from Bio.PDB.Atom import Atom
 from openmm import app, unit
 from PeptideBuilder import Geometry
 
@@ -19,12 +21,7 @@ from PeptideBuilder import Geometry
 PEPTIDES = {
     "proline_dipeptide": ("GPG", [(-120, 150), (-70, 150), (-120, 150)]),
     "phenylalanine_dipeptide": ("GFG", [(-120, 150), (-70, 150), (-120, 150)]),
-    # Two strands, and a turn at P4-E5-T6-G7, as in the hairpin of chignolin.
-    "chignolin": (
-        "GYDPETGTWG",
-        [(-120, 150), (-110, 140), (-90, 90), (-55, -30), (-70, -20), (-95, 5), (85, 10), (-110, 140), (-110, 130)]
-        + [(-120, 140)],
-    ),
+    "chignolin": ("GYDPETGTWG", [(-120, 140), (-110, 130), (-110, 120), (-70, 140)] + [(-120, 140)] * 6),  # unfolded
 }
 
 
@@ -37,7 +34,11 @@ def heavy_atoms(sequence, angles):
         residue.psi_im1 = angles[i - 1][1]
         structure = PeptideBuilder.add_residue(structure, residue) if i else PeptideBuilder.initialize_res(residue)
     if len(sequence) > 3:
-        PeptideBuilder.add_terminal_OXT(structure)
+        last = list(structure.get_residues())[-1]
+        ca, c, o = (last[name].coord for name in ("CA", "C", "O"))
+        away = -(ca - c) / np.linalg.norm(ca - c) - (o - c) / np.linalg.norm(o - c)
+        oxt = c + 1.25 * away / np.linalg.norm(away)
+        last.add(Atom("OXT", oxt, 0.0, 1.0, " ", " OXT", 0, "O"))
     writer, file = PDBIO(), io.StringIO()
     writer.set_structure(structure)
     writer.save(file)
