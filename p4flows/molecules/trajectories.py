@@ -25,7 +25,7 @@ def load_trajectory(source: Any, molecule: Molecule) -> np.ndarray:
         molecule: with atoms in the same order.
 
     Raises:
-        ValueError: if the file is no DCD file, the numbers or the names of the atoms differ, positions are not
+        ValueError: if the file is no DCD file, the numbers or the elements of the atoms differ, positions are not
             finite, or bonds have lengths that the molecule cannot have, as with other units or another order of atoms.
     """
     if isinstance(source, list | tuple):
@@ -36,7 +36,7 @@ def load_trajectory(source: Any, molecule: Molecule) -> np.ndarray:
         name, x = os.fspath(source), read_dcd(source)
     elif isinstance(getattr(source, "xyz", None), np.ndarray) and hasattr(source, "topology"):
         name, x = "the mdtraj.Trajectory", np.asarray(source.xyz, dtype=np.float32)
-        _check_names(source.topology, molecule)
+        _check_elements(source.topology, molecule)
     else:
         kind = type(source).__name__
         raise ValueError(f"source: expected the path of a DCD file or an mdtraj.Trajectory, got {kind}")
@@ -48,8 +48,9 @@ def load_trajectory(source: Any, molecule: Molecule) -> np.ndarray:
     return x
 
 
-def _check_names(topology: Any, molecule: Molecule) -> None:
-    theirs, ours = ([atom.name for atom in t] for t in (topology.atoms, molecule.topology.atoms()))
+def _check_elements(topology: Any, molecule: Molecule) -> None:
+    # Not names, of which several are in use for one atom.
+    theirs, ours = ([_symbol(atom) for atom in t] for t in (topology.atoms, molecule.topology.atoms()))
     differ = [i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b]
     if len(theirs) == len(ours) and differ:
         i = differ[0]
@@ -57,6 +58,10 @@ def _check_names(topology: Any, molecule: Molecule) -> None:
             f"the mdtraj.Trajectory: expected the atoms of the molecule in their order, got {theirs[i]} where the "
             f"molecule has {ours[i]} (atom {i}), and {len(differ) - 1} more that differ"
         )
+
+
+def _symbol(atom: Any) -> str:
+    return "none" if atom.element is None else atom.element.symbol
 
 
 def _check_bonds(name: str, x: np.ndarray, molecule: Molecule) -> None:
