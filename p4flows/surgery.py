@@ -61,7 +61,7 @@ def put(found: Iterable[Place], make: Callable[[nn.Module, int], nn.Module]) -> 
     return len(new)
 
 
-def classes(made: Mapping[type, type]) -> dict[type, type]:
+def classes(made: Mapping[Any, Any]) -> dict[type, type]:
     """A plug-in's classes, given by the classes of the package that they are made of, also by themselves."""
     return {**made, **{cls: cls for cls in made.values()}}
 

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from p4flows.tracking.matrix import moved
 
 __all__ = ["Frozen"]
 
 
-class Frozen:
+class Frozen(nn.Module):
     """A layer with a frozen matrix ``A`` (m, n) that merges update, for one that derives from this and from a module.
 
     The layer calls :meth:`register_frozen` in its constructor. A is a buffer in the layer's dtype. Where that is too
@@ -63,7 +63,7 @@ class Frozen:
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # .half() and .to(dtype) must not round what A is rounded from, and .double() gives it back.
         dtype, exact = self.A.dtype, self.exact
-        super()._apply(fn, recurse)  # type: ignore[misc]
+        super()._apply(fn, recurse)
         coarse, now = self._is_coarse(self.A.dtype), getattr(self, self.exact_name)
         if coarse and (now is None or now.dtype != self.exact_dtype):
             setattr(self, self.exact_name, moved(exact, self.A.device).to(self.exact_dtype))
@@ -79,4 +79,4 @@ class Frozen:
             state_dict[prefix + "A"] = state_dict.pop(name)
         elif self.exact is not self.A and state_dict.get(name) is None and A is not None:
             state_dict[name] = A.to(self.exact_dtype, copy=True)
-        super()._load_from_state_dict(state_dict, prefix, *arguments)  # type: ignore[misc]
+        super()._load_from_state_dict(state_dict, prefix, *arguments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -71,19 +71,19 @@ class P4Linear(Affine):
 
         Of an ``nn.Linear`` it makes a P4Linear, of an ``nn.Conv2d`` a :class:`P4Conv2d`.
         """
-        options: dict[str, Any] = {"rank": rank, "seed": seed}
-        if isinstance(layer, nn.Linear):
-            sizes, make = (layer.in_features, layer.out_features), P4Linear
-        elif isinstance(layer, nn.Conv2d):
-            sizes, make = (layer.in_channels, layer.out_channels, layer.kernel_size), P4Conv2d
-            options |= {name: getattr(layer, name) for name in _GEOMETRY}
-        else:
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
             raise ValueError(f"layer: expected an nn.Linear or an nn.Conv2d, got {type(layer).__name__}")
         weight, bias = layer.weight.detach(), layer.bias
-        new = make(*sizes, bias=bias is not None, device=weight.device, dtype=weight.dtype, **options)
+        options: dict[str, Any] = {"rank": rank, "seed": seed, "device": weight.device, "dtype": weight.dtype}
+        options["bias"] = bias is not None
+        if isinstance(layer, nn.Linear):
+            new = P4Linear(layer.in_features, layer.out_features, **options)
+        else:
+            options |= {name: getattr(layer, name) for name in ("kernel_size", *_GEOMETRY)}
+            new = P4Conv2d(layer.in_channels, layer.out_channels, **options)
         with torch.no_grad():
             new.set_frozen(weight.flatten(1))
-            if bias is not None:
+            if new.bias is not None and bias is not None:
                 new.bias.copy_(bias)
         return new.train(layer.training)
 
@@ -134,6 +134,11 @@ class P4Conv2d(P4Linear):
     (torch.Size([5, 64, 6, 6]), 1472)
     """
 
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+
     def __init__(
         self,
         in_channels: int,
@@ -144,7 +149,7 @@ class P4Conv2d(P4Linear):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         rank: int = 1,
         seed: int = 0,
         *,
@@ -168,7 +173,7 @@ class P4Conv2d(P4Linear):
         require_floating(x)
         if any(self._padding):
             x = pad(x, self._padding, "constant" if self.padding_mode == "zeros" else self.padding_mode)
-        options = {"stride": self.stride, "dilation": self.dilation, "groups": self.groups}
+        options: dict[str, Any] = {"stride": self.stride, "dilation": self.dilation, "groups": self.groups}
         filters = self.V.mT.unflatten(1, (-1, *self.kernel_size)).repeat(self.groups, 1, 1, 1)
         perturbed = conv2d(conv2d(x, filters, **options), self.U[..., None, None], groups=self.groups)
         return conv2d(x, self.A.unflatten(1, (-1, *self.kernel_size)), self.bias, **options) + perturbed

@@ -175,7 +175,7 @@ class P4Lipschitz(Affine):
         return torch.full_like(self.merges, int(Correction.NONE if same else Correction.INVERTED))
 
     @classmethod
-    def correct_all(cls, layers: Sequence[P4Lipschitz], where_needed: bool = False) -> Tensor:
+    def correct_all(cls, layers: Sequence[Any], where_needed: bool = False) -> Tensor:
         """Correct all layers, or none with ``where_needed``, since merges leave nothing to correct; (len(layers),)."""
         if where_needed:
             return torch.stack([torch.full_like(layer.merges, int(Correction.NONE)) for layer in layers])

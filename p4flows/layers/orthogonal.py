@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -193,7 +194,7 @@ class P4Orthogonal(Frozen, LowRank, P4Layer):
 
     @classmethod
     @torch.no_grad()
-    def merge_all(cls, layers: Sequence[P4Orthogonal], force: bool = False) -> Tensor:
+    def merge_all(cls, layers: Sequence[Any], force: bool = False) -> Tensor:
         """Merge layers of equal ``group_key``, with one batched call for what is small: U, V and the rotations.
 
         Returns the :class:`p4flows.MergeOutcome` of each with the reason of a skip, (len(layers),).
@@ -226,7 +227,7 @@ class P4Orthogonal(Frozen, LowRank, P4Layer):
         return torch.full_like(self.merges, int(Correction.INVERTED if off else Correction.NONE))
 
     @classmethod
-    def correct_all(cls, layers: Sequence[P4Orthogonal], where_needed: bool = False) -> Tensor:
+    def correct_all(cls, layers: Sequence[Any], where_needed: bool = False) -> Tensor:
         """Correct all layers, or none with ``where_needed``, since merges leave nothing to correct; (len(layers),)."""
         if where_needed:
             return torch.stack([torch.full_like(layer.merges, int(Correction.NONE)) for layer in layers])

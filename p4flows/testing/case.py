@@ -100,17 +100,19 @@ class Case:
             targets = [out.detach() for out in self.call(self.changed(self.new()).to(layer.perturbation[0].dtype))]
         optimizer: Optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=self.scale / 10)
         scheduler = MergeScheduler(layer, optimizer, force_every=2, correct_every=3)
-        for part, own in zip((layer, optimizer, scheduler), state or (), strict=False):
+        parts: tuple[Any, ...] = (layer, optimizer, scheduler)
+        for part, own in zip(parts, state or (), strict=False):
             part.load_state_dict(own)
         losses = []
         for _ in range(steps):
             optimizer.zero_grad()
-            loss = sum(nn.functional.mse_loss(a, b) for a, b in zip(self.call(layer), targets, strict=True))
+            each = [nn.functional.mse_loss(a, b) for a, b in zip(self.call(layer), targets, strict=True)]
+            loss = torch.stack(each).sum()
             loss.backward()
             optimizer.step()
             scheduler.step()
             losses.append(loss.item())
-        return losses, [copy.deepcopy(part.state_dict()) for part in (layer, optimizer, scheduler)]
+        return losses, [copy.deepcopy(part.state_dict()) for part in parts]
 
     # --- what is asserted ---------------------------------------------------------------------------------------
 

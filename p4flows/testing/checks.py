@@ -116,8 +116,8 @@ def gradients(case: Case) -> None:
     assert outputs, "forward: expected an output that requires gradients"
     noise = [torch.randn(out.shape, dtype=torch.float64, generator=case.generator(4)).to(out) for out in outputs]
     trained = [p for p in layer.perturbation if p.requires_grad]
-    found = torch.autograd.grad(outputs, trained, noise, allow_unused=True)
-    found = [gradient for gradient in found if gradient is not None]
+    possible = torch.autograd.grad(outputs, trained, noise, allow_unused=True)
+    found = [gradient for gradient in possible if gradient is not None]
     assert all(gradient.isfinite().all() for gradient in found), "gradient: expected a finite one"
     assert any(gradient.abs().max() > 0 for gradient in found), "gradient: expected one that is not zero at B0"
 
@@ -162,7 +162,7 @@ def draws(case: Case) -> None:
     for seed, other in enumerate(others):
         torch.manual_seed(seed)
         case.changed(other)
-    case.assert_equal_states(*others, "draws that depend on torch's own generator")
+    case.assert_equal_states(others[0], others[1], "draws that depend on torch's own generator")
     for old, new in zip(layer.redrawn, others[0].redrawn, strict=True):
         assert not torch.equal(old, new), "redrawn: expected other values after a merge"
 
@@ -188,7 +188,7 @@ def modes(case: Case) -> None:
     case.perturb(layer, case.generator(6))
     before = copy.deepcopy(layer)
     outputs = [case.outputs(layer.train(mode)) for mode in (False, True)]
-    case.assert_close(*outputs, "train and eval differ", 0)
+    case.assert_close(outputs[0], outputs[1], "train and eval differ", 0)
     case.assert_equal_states(before, layer, "train, eval or forward")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from p4flows.perturbation import MergeOutcome
-from p4flows.testing.case import Case, keeps_function
+from p4flows.testing.case import Case, Outputs, keeps_function
 
 __all__ = ["sequences"]
 
@@ -17,7 +17,7 @@ def sequences(case: Case) -> None:
     layer, generator = case.changed(case.new()), case.generator(10)
     trained = [i for i, p in enumerate(layer.perturbation) if p.requires_grad]
     names, weights = list(_OPERATIONS), torch.tensor(list(_OPERATIONS.values()))
-    frozen = case.outputs(layer)  # of A alone; None while that is not known
+    frozen: Outputs | None = case.outputs(layer)  # of A alone; None while that is not known
     for step in range(case.steps):
         name = names[torch.multinomial(weights, 1, generator=generator)]
         when = f"step {step}, {name}"

@@ -78,11 +78,11 @@ def merge_products(A_inv: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor,
         Z = vector_matrix(V[0, :, 0], A_inv[0]).view(1, 1, -1)
     elif len(U) == 1 and A_inv.is_cpu and A_inv.shape[-1] >= 2048:
         # A block of rows comes into the cache once for both products.
-        UT, W, Z = U[0].mT, [], torch.zeros_like(V.mT)
+        Z, parts = torch.zeros_like(V.mT), []
         for block, v in zip(A_inv[0].split(2 * _BLOCK), V[0].split(2 * _BLOCK), strict=True):
-            W.append(UT @ block.mT)
+            parts.append(U[0].mT @ block.mT)
             Z[0].addmm_(v.mT, block)
-        W = torch.cat(W, -1).mT[None]
+        W = torch.cat(parts, -1).mT[None]
     else:
         # A product of a few rows with a large matrix is faster than one of the matrix with a few columns.
         W, Z = (U.mT @ A_inv.mT).mT, V.mT @ A_inv

@@ -55,7 +55,7 @@ class AveragedModel(swa_utils.AveragedModel):
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Take the model's present weights into the average. ValueError if an averaged matrix is singular."""
-        pairs = [
+        pairs: list[tuple[Any, Any]] = [
             (averaged, layer)
             for averaged, layer in zip(self.module.modules(), model.modules(), strict=True)
             if isinstance(layer, P4Layer) and _averages(layer)
