@@ -45,8 +45,14 @@ def run(args: Namespace) -> dict[str, Any]:
     plain = simulate(molecule, [300, 600], args.frames, STRIDE, args.seed)
     rows = []
     for i, temperature in enumerate((300, 600)):
-        ways = {"OpenMM's script": reference[temperature], "simulate": plain[i], "replica exchange": exchanged[[0, -1][i]]}
-        rows += [{"temperature": temperature, "way": way, **_measure(x, molecule, temperature)} for way, x in ways.items()]
+        ways = {
+            "OpenMM's script": reference[temperature],
+            "simulate": plain[i],
+            "replica exchange": exchanged[[0, -1][i]],
+        }
+        rows += [
+            {"temperature": temperature, "way": way, **_measure(x, molecule, temperature)} for way, x in ways.items()
+        ]
     results = {"frames": args.frames, "bins": BINS, "ladder": LADDER, "rows": rows}
     for row in rows:
         row.update(_compare(row, next(r for r in rows if r["temperature"] == row["temperature"])))
@@ -118,7 +124,7 @@ def _compare(row: dict, reference: dict) -> dict[str, float]:
 def table(results: dict[str, Any]) -> str:
     """One row for each temperature and way, as a Markdown table."""
     lines = [
-        "| T (K) | way | virial / kT | mean energy (kT) | φ > 0 | φ: distance | φ: worst bin | ψ: distance | ψ: worst bin |",
+        "| T (K) | way | virial / kT | mean energy (kT) | φ > 0 | φ: distance | worst bin | ψ: distance | worst bin |",
         "|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in results["rows"]:

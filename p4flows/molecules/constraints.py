@@ -66,6 +66,10 @@ class Constraints(nn.Module):
         masses: (n_atoms,), in any unit.
     """
 
+    pairs: Tensor
+    lengths: Tensor
+    weights: Tensor
+
     def __init__(self, pairs: np.ndarray, lengths: np.ndarray, masses: np.ndarray) -> None:
         super().__init__()
         incidence = torch.zeros(len(pairs), len(masses), dtype=torch.float64)
@@ -78,7 +82,7 @@ class Constraints(nn.Module):
         self.register_buffer("pairs", torch.as_tensor(pairs), persistent=False)
         self.register_buffer("lengths", torch.as_tensor(lengths), persistent=False)
         self.register_buffer("weights", weights * scale[:, None] * scale, persistent=False)
-        self._clusters = _clusters(self.weights != 0)
+        self._clusters = _clusters(self.weights.ne(0))
 
     def log_metric(self, x: Tensor) -> Tensor:
         r""":math:`\tfrac12 \ln \det C`, (...), for positions (..., n_atoms, 3)."""
@@ -106,9 +110,11 @@ class Constraints(nn.Module):
 
 def _clusters(share: Tensor) -> list[Tensor]:
     """Index sets (count, size) of constraints that share atoms, directly or through others; one tensor a size."""
-    left, by_size = set(range(len(share))), {}
+    left = set(range(len(share)))
+    by_size: dict[int, list[list[int]]] = {}
     while left:
-        cluster, front = set(), {min(left)}
+        cluster: set[int] = set()
+        front = {min(left)}
         while front:
             cluster |= front
             front = {j for i in front for j in share[i].nonzero().flatten().tolist()} - cluster

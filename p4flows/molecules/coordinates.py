@@ -77,6 +77,10 @@ class MixedCoordinates(nn.Module):
     cut: Tensor
     mean: Tensor
     std: Tensor
+    free_bonds: Tensor
+    _bonds: Tensor
+    _angles: Tensor
+    _lengths: Tensor
 
     @overload
     def __init__(self, molecule: Molecule, data: Tensor | np.ndarray, /) -> None: ...
@@ -123,8 +127,8 @@ class MixedCoordinates(nn.Module):
         fixed = fixed_bonds(self._bonds.tolist(), pairs)
         free = sorted(set(range(len(self._bonds))) - set(fixed))
         self.register_buffer("free_bonds", torch.tensor(free, dtype=torch.int64), persistent=False)
-        self.constraints = None
-        if fixed:
+        self.constraints: Constraints | None = None
+        if fixed and molecule is not None:
             self.constraints = Constraints(pairs, molecule.constraints[1], molecule.masses)
             lengths = torch.zeros(len(self._bonds), dtype=torch.float64)
             lengths[fixed] = self.constraints.lengths

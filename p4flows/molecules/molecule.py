@@ -126,18 +126,18 @@ class Molecule:
         _check_particles(topology, system, positions)
         _check_bonds(graph, topology, positions)
         constraints, _ = constraints_of(system)
-        if z_matrix is None:
+        if z_matrix is None or rigid_block is None:
             masses = [system.getParticleMass(i).value_in_unit(unit.dalton) for i in range(len(positions))]
             backbone = backbone_atoms(topology, graph)
             z_matrix, rigid_block = build_z_matrix(graph, masses, positions, constraints.tolist(), backbone)
-        z_matrix, rigid_block = integers("z_matrix", z_matrix), integers("rigid_block", rigid_block)
-        check_atoms(z_matrix, rigid_block, len(positions))
-        levels(z_matrix, rigid_block)
-        within = any(set(rigid_block.tolist()).issuperset(pair) for pair in constraints.tolist())
-        fixed_bonds(bond_and_angle_atoms(z_matrix, rigid_block if within else None)[0].tolist(), constraints)
+        rows, block = integers("z_matrix", z_matrix), integers("rigid_block", rigid_block)
+        check_atoms(rows, block, len(positions))
+        levels(rows, block)
+        within = any(set(block.tolist()).issuperset(pair) for pair in constraints.tolist())
+        fixed_bonds(bond_and_angle_atoms(rows, block if within else None)[0].tolist(), constraints)
         dihedrals = ramachandran(topology, graph)
         phi, psi = dihedrals[0] if len(dihedrals) else (None, None)
-        return cls(topology, system, positions, z_matrix.numpy(), rigid_block.numpy(), phi, psi)
+        return cls(topology, system, positions, rows.numpy(), block.numpy(), phi, psi)
 
     @property
     def n_atoms(self) -> int:

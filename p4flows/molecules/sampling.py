@@ -83,11 +83,16 @@ def simulate(
     if isinstance(system, Molecule):
         positions = system.positions if positions is None else positions
         system = system.system
-    temperature = temperatures_of(temperature, exchange)
-    options = {"positions": positions, "equilibration": equilibration, "time_step": time_step, "platform": platform}
-    settings, frames, workers = settings_of(system, temperature, frames, stride, seed, workers, exchange, **options)
-    if isinstance(temperature, list) and exchange is None:
-        each = ({**settings, "temperature": t} for t in temperature)
+    kelvin = temperatures_of(temperature, exchange)
+    options: dict[str, Any] = {
+        "positions": positions,
+        "equilibration": equilibration,
+        "time_step": time_step,
+        "platform": platform,
+    }
+    settings, frames, workers = settings_of(system, kelvin, frames, stride, seed, workers, exchange, **options)
+    if isinstance(kelvin, list) and exchange is None:
+        each = ({**settings, "temperature": t} for t in kelvin)
         return np.stack([_cached(s, frames, workers, executor, root(cache), progress) for s in each])
     result = _cached(settings, frames, workers, executor, root(cache), progress)
     return np.moveaxis(result, 1, 0) if result.ndim == 4 else result

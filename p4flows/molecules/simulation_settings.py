@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,15 @@ __all__ = ["settings_of", "temperatures_of"]
 
 def temperatures_of(temperature: Any, exchange: Any) -> float | list[float]:
     """One temperature in kelvin, or a list of several; those of an exchange in ascending order."""
-    value = in_unit("temperature", temperature, unit.kelvin)
+    value: Any = in_unit("temperature", temperature, unit.kelvin)
     if not isinstance(value, list | tuple | np.ndarray) or (isinstance(value, np.ndarray) and not value.ndim):
         if exchange is not None:
             raise ValueError(f"temperature: expected several for an exchange, got {temperature!r}")
-        return number("temperature", value, 0, strict=True)
+        return number("temperature", float(value) if isinstance(value, np.ndarray) else value, 0, strict=True)
     result = [number("temperature", in_unit("temperature", t, unit.kelvin), 0, strict=True) for t in value]
     if not result:
         raise ValueError("temperature: expected at least one, got none")
-    if exchange is not None and (len(result) < 2 or any(a >= b for a, b in zip(result, result[1:], strict=False))):
+    if exchange is not None and (len(result) < 2 or any(a >= b for a, b in pairwise(result))):
         raise ValueError(f"temperature: expected several in ascending order for an exchange, got {result}")
     return result
 

@@ -121,15 +121,17 @@ def test_linear_groups_are_placed_from_the_side():
 
 
 def test_molecules_on_a_line_are_refused():
-    with pytest.raises(ValueError, match="expected a structure that has a bent angle, got all bonds on one line"):
-        Molecule.from_openmm(*hydrocarbon("HCCH", [(0, 1), (1, 2), (2, 3)], [(0, 0, z) for z in (0, 0.106, 0.226, 0.332)]))
+    with pytest.raises(ValueError, match=r"expected a structure that has a bent angle, got all bonds on one line"):
+        Molecule.from_openmm(
+            *hydrocarbon("HCCH", [(0, 1), (1, 2), (2, 3)], [(0, 0, z) for z in (0, 0.106, 0.226, 0.332)])
+        )
 
 
 def test_a_reference_that_is_hopeless_is_told():
     straight = np.array([[0.0, 0.1, 0], [0, 0, 0], [0.1, 0, 0], [0.2, 0, 0], [0.3, 0, 0], [9.0, 0, 0]])
     straight[0, 1] = 1e-3  # hardly bent
     graph = BondGraph(6, [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)])
-    with pytest.raises(ValueError, match="on one line"):
+    with pytest.raises(ValueError, match=r"on one line"):
         build_z_matrix(graph, [12.0] * 6, straight)
 
 
@@ -138,31 +140,31 @@ def test_ones_own_coordinates_are_taken_and_checked():
     parts = ours.topology, ours.system, ours.positions
     molecule = Molecule.from_openmm(*parts, z_matrix=ours.z_matrix, rigid_block=ours.rigid_block)
     assert np.array_equal(molecule.z_matrix, ours.z_matrix)
-    with pytest.raises(ValueError, match="expected both or neither"):
+    with pytest.raises(ValueError, match=r"expected both or neither"):
         Molecule.from_openmm(*parts, z_matrix=ours.z_matrix)
-    with pytest.raises(ValueError, match="each atom 0 ... 21 once of data"):
+    with pytest.raises(ValueError, match=r"each atom 0 ... 21 once of data"):
         Molecule.from_openmm(*parts, z_matrix=ours.z_matrix[1:], rigid_block=ours.rigid_block)
     circular = ours.z_matrix.copy()
     circular[1] = (1, 0, 6, 8)
-    with pytest.raises(ValueError, match="cannot be placed"):
+    with pytest.raises(ValueError, match=r"cannot be placed"):
         Molecule.from_openmm(*parts, z_matrix=circular, rigid_block=ours.rigid_block)
 
 
 def test_one_molecule_in_nanometers():
     ours = alanine_dipeptide()
     for factor in (10, 0.1):
-        with pytest.raises(ValueError, match="positions: expected nanometers, with bonds of 0.07 to 0.3 nm"):
+        with pytest.raises(ValueError, match=r"positions: expected nanometers, with bonds of 0.07 to 0.3 nm"):
             Molecule.from_openmm(ours.topology, ours.system, factor * ours.positions)
     assert Molecule.from_openmm(ours.topology, ours.system, 10 * ours.positions * unit.angstrom).n_atoms == 22
     folded = ours.positions.copy()
     folded[0] = folded[1]
-    with pytest.raises(ValueError, match="and 0 for 0-1"):
+    with pytest.raises(ValueError, match=r"and 0 for 0-1"):
         Molecule.from_openmm(ours.topology, ours.system, folded)
     loose = app.Topology()
     residue = loose.addResidue("ALA", loose.addChain())
     for _ in range(22):
         loose.addAtom("C", app.element.carbon, residue)
-    with pytest.raises(ValueError, match="expected one molecule, got 22 parts that no bond connects"):
+    with pytest.raises(ValueError, match=r"expected one molecule, got 22 parts that no bond connects"):
         Molecule.from_openmm(loose, ours.system, ours.positions)
 
 
@@ -185,18 +187,18 @@ def test_what_does_not_fit_is_refused(change, message):
 
 def test_solvent_hydrogens_and_paths(tmp_path):
     water = Path(app.__file__).parent / "data" / "tip3p.pdb"
-    with pytest.raises(ValueError, match="expected one molecule, got .* parts .* Remove solvent"):
+    with pytest.raises(ValueError, match=r"expected one molecule, got .* parts .* Remove solvent"):
         Molecule.from_pdb(water, ("amber14/tip3p.xml",))
     bare = tmp_path / "bare.pdb"
     lines = (DATA / "chignolin.pdb").read_text().splitlines()
     bare.write_text("\n".join(line for line in lines if not line.startswith("ATOM") or line[76:78].strip() != "H"))
-    with pytest.raises(ValueError, match="could not make a system of it: .*hydrogen.*Modeller"):
+    with pytest.raises(ValueError, match=r"could not make a system of it: .*hydrogen.*Modeller"):
         Molecule.from_pdb(bare)
-    with pytest.raises(ValueError, match="expected a PDB file, got .*nowhere.pdb', which is no file"):
+    with pytest.raises(ValueError, match=r"expected a PDB file, got .*nowhere.pdb', which is no file"):
         Molecule.from_pdb(tmp_path / "nowhere.pdb")
-    with pytest.raises(ValueError, match="constraints: expected None, openmm.app.HBonds or AllBonds, got .HBonds."):
+    with pytest.raises(ValueError, match=r"constraints: expected None, openmm.app.HBonds or AllBonds, got .HBonds."):
         load("proline_dipeptide", constraints="HBonds")
-    with pytest.raises(ValueError, match="could not make a system of it: .*nonsense"):
+    with pytest.raises(ValueError, match=r"could not make a system of it: .*nonsense"):
         load("proline_dipeptide", nonsense=True)
 
 
@@ -211,7 +213,7 @@ def test_virtual_sites_have_no_coordinates():
     modeller = app.Modeller(topology, x)
     modeller.addExtraParticles(field)
     system = field.createSystem(modeller.topology, constraints=None, rigidWater=False)
-    with pytest.raises(ValueError, match="expected particles with a mass, got virtual sites or massless ones: 3"):
+    with pytest.raises(ValueError, match=r"expected particles with a mass, got virtual sites or massless ones: 3"):
         Molecule.from_openmm(modeller.topology, system, modeller.positions)
 
 
@@ -220,5 +222,5 @@ def test_virtual_sites_have_no_coordinates():
     [("proline_dipeptide", app.AllBonds, 1), ("phenylalanine_dipeptide", app.HAngles, None)],
 )
 def test_constraints_that_are_no_coordinates_are_refused(name, constraints, pairs):
-    with pytest.raises(ValueError, match="constraints: expected those of bonds that are coordinates, got the pairs"):
+    with pytest.raises(ValueError, match=r"constraints: expected those of bonds that are coordinates, got the pairs"):
         load(name, constraints=constraints)
