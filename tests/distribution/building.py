@@ -1,5 +1,6 @@
 """Builds in a copy of the repository, and an environment with torch and NumPy alone."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -14,17 +15,19 @@ ROOT = Path(__file__).parents[2]
 _NOT_COPIED = (".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist", "out", "*.pt")
 
 
-def run(*command, **options):
-    """What a command prints; it must not fail."""
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+def run(*command, succeeds=True, cwd=None):
+    """What a command prints. Nothing of this process' path leads it to a p4flows, and it takes one core."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, cwd=cwd)
+    output = result.stdout + result.stderr
+    assert (result.returncode == 0) == succeeds, output
+    return output
 
 
-def pip(*arguments, python=None):
-    """pip of this environment, at work in that of another Python if one is given."""
+def pip(*arguments, python=None, succeeds=True):
+    """What pip of this environment prints, at work in that of another Python if one is given."""
     where = ["--python", python] if python else []
-    return run(sys.executable, "-m", "pip", *where, "--disable-pip-version-check", *arguments)
+    return run(sys.executable, "-m", "pip", *where, "--disable-pip-version-check", *arguments, succeeds=succeeds)
 
 
 def copy_repository(folder):
@@ -34,11 +37,12 @@ def copy_repository(folder):
 
 def build_sdist(source, folder):
     """The sdist, unpacked."""
-    code = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
-    name = run(sys.executable, "-c", code, folder, cwd=source).splitlines()[-1]
-    with tarfile.open(folder / name) as archive:
+    code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", code, folder, cwd=source)
+    (path,) = folder.iterdir()
+    with tarfile.open(path) as archive:
         archive.extractall(folder)
-    return folder / name.removesuffix(".tar.gz")
+    return folder / path.name.removesuffix(".tar.gz")
 
 
 def build_wheel(source, folder):

@@ -7,18 +7,18 @@ import torch
 from p4flows import InvertibleLinear, attach_on_first_step
 
 torch.manual_seed(0)
-layer = InvertibleLinear(6, init="orthogonal")
+layer = InvertibleLinear(6)
 attach_on_first_step(layer)
 optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
 mixing = torch.eye(6) + 0.3 * torch.randn(6, 6)
-for _ in range(400):
+for _ in range(200):
     x = torch.randn(64, 6)
     y = x @ mixing.T
     loss = (layer(x)[0] - y).square().mean() + (layer.inverse(y)[0] - x).square().mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-assert loss.item() < 0.05, loss.item()
+assert loss.item() < 1e-3, loss.item()
 assert torch.allclose(layer.logabsdet, torch.linalg.slogdet(layer.matrix.double())[1], atol=1e-4)
 
 file = io.BytesIO()
