@@ -11,7 +11,20 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
-_NOT_COPIED = (".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist", "out", "*.pt")
+_NOT_COPIED = (
+    ".git",
+    ".venv*",
+    ".*_cache",
+    ".hypothesis",
+    "__pycache__",
+    "*.egg-info",
+    "build",
+    "dist",
+    "out",
+    "*.pt",
+    "_build",
+    "tutorials",
+)
 
 
 def run(*command, **options):
