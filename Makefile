@@ -14,7 +14,7 @@ test: install  ## all tests and doctests: 10 minutes on two cores
 	$(BIN)/python -m pytest -n auto
 
 test-numpy2: .venv-numpy2/installed  ## the tests of the plug-ins in a second environment, with NumPy 2, sbi, glasflow, nessai: 3 minutes
-	.venv-numpy2/bin/python -m pytest -n auto tests/plugins
+	.venv-numpy2/bin/python -m pytest -n auto tests/plugins tests/docs
 
 lint: install  ## style, by ruff, types, by mypy, and the directions of imports
 	$(BIN)/ruff check .

@@ -19,13 +19,15 @@ WIDTH = 9.0
 _DOTS = 180  # an inch: twice what is shown, for screens of high density
 _TEXT = {"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8.5, "axes.grid": True, "grid.alpha": 0.25}
 
-_P4INV, _RANK_ONE, _FULL_SHADE = "#1b7837", "#8fd18b", 16
+_P4INV, _RANK_ONE = "#1b7837", "#8fd18b"
+_FOLLOWED, _RANK_ONE_FOLLOWED = "#2166ac", "#92c5de"  # a dense weight is
+_FULL_SHADE = 16  # the rank from which colours are not lighter
 _COLORS = {
     "P4Inv": _P4INV,
     "P4Inv, default rank": _P4INV,
     "P4InvStack": _P4INV,
     "P4Inv through its inverse": "#00b8a9",
-    "InvertibleLinear": "#2166ac",
+    "InvertibleLinear": _FOLLOWED,
     # Without a tracked inverse.
     "standard": "#000000",
     "nn.Linear": "#000000",
@@ -43,6 +45,17 @@ _COLORS = {
     "bgflow": "#762a83",
     "bgflow InvertiblePPPP": "#762a83",
     "bgflow, no correction": "#b694c4",
+    # Of other properties.
+    "P4Orthogonal": _P4INV,
+    "P4Lipschitz, N = 10": _P4INV,
+    "P4Lipschitz, N = 1": _P4INV,
+    "reflections, rank 8": "#00b8a9",
+    "torch, matrix_exp": "#d6278a",
+    "torch, cayley": "#e377b6",
+    "torch, householder": "#8c8c00",
+    "geotorch": "#e6c229",
+    "torch, spectral_norm": "#d6278a",
+    "no bound": "#000000",
     # Fixed swaps.
     "RealNVP": "#e08214",
     "splines": "#e08214",
@@ -56,18 +69,19 @@ _COLORS = {
 
 
 def color(method: str) -> str:
-    """The colour of a method by its name, "RealNVP + P4Inv" being P4Inv; lower ranks of P4Inv and P4Linear are lighter.
+    """The colour of a method by its name, "RealNVP + P4Inv" being P4Inv; lower ranks of ours are lighter.
 
     ValueError for a name that has none: give it one here.
     """
     name = re.sub(r"^(RealNVP|splines) \+ ", "", method)
     if name in _COLORS:
         return _COLORS[name]
-    found = re.fullmatch(r"P4(?:Inv|Linear)?,? rank (\d+)", name)
+    found = re.match(r"(?:P4\w*,? |following, |)rank (\d+)", name)
     if not found:
         raise ValueError(f"method: expected a name that has a colour, got {method!r}")
     share = min(1.0, math.log2(int(found[1])) / math.log2(_FULL_SHADE))
-    return to_hex([a + share * (b - a) for a, b in zip(to_rgb(_RANK_ONE), to_rgb(_P4INV), strict=True)])
+    light, dark = (_RANK_ONE_FOLLOWED, _FOLLOWED) if name.startswith("following") else (_RANK_ONE, _P4INV)
+    return to_hex([a + share * (b - a) for a, b in zip(to_rgb(light), to_rgb(dark), strict=True)])
 
 
 def new_figure(height: float) -> Figure:

@@ -38,6 +38,7 @@ TABLES = {
     "swaps": "mixing.swaps",
     "swaps summary": "mixing.swaps",
     "perturbation": "mixing.perturbation",
+    "properties": "properties.properties",
 }
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
+from benchmarks.harness.colors import color, new_figure, save
 from benchmarks.properties.report import best, step_times
 
 __all__ = ["draw"]
@@ -15,89 +16,86 @@ __all__ = ["draw"]
 
 def draw(results: dict[str, Any], folder: Path) -> str:
     """Draw all pictures, and return their paths."""
-    plt.switch_backend("agg")
-    paths = []
-    for name, function in (("orthogonal", _orthogonal), ("lipschitz", _lipschitz), ("ranks", _ranks)):
-        paths.append(folder / f"properties_{name}.png")
-        figure = function(results)
-        figure.savefig(paths[-1], dpi=100)
-        plt.close(figure)
+    functions = {"orthogonal": _orthogonal, "lipschitz": _lipschitz, "ranks": _ranks}
+    paths = [save(function(results), folder / f"properties_{name}.png") for name, function in functions.items()]
     return "\n".join(map(str, paths))
 
 
-def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
-    """Ours in full lines, all others dashed, a colour for each."""
-    return {
-        name: {"color": f"C{i}", "linestyle": "-" if name.startswith("P4") else "--", "label": name}
-        for i, name in enumerate(names)
-    }
+def _style(method: str) -> dict[str, Any]:
+    """Ours in full lines, all others dashed; P4Lipschitz by its rank and, dotted, with N = 1."""
+    ours = method.startswith(("P4", "following", "rank"))
+    line = ":" if method == "P4Lipschitz, N = 1" else "-" if ours else "--"
+    return {"color": color(method), "linestyle": line, "linewidth": 2.0 if ours else 1.3, "label": method}
 
 
-def _orthogonal(results: dict[str, Any]) -> plt.Figure:
-    figure, axes = plt.subplots(1, 5, figsize=(27, 5.2), layout="constrained")
+def _orthogonal(results: dict[str, Any]) -> Figure:
+    figure = new_figure(6.8)
+    (iterations, seconds, sources), (cost, drift, rest) = figure.subplots(2, 3)
     rotation, ica = best(results["rotation"]), best(results["ica"])
-    styles, n = _styles(list(rotation)), results["settings"]["rotation"]["n"]
+    n = results["settings"]["rotation"]["n"]
     times = step_times(results, n)
     for name, row in rotation.items():
-        axes[0].plot(row["step"], row["error"], **styles[name])
+        iterations.plot(row["step"], row["error"], **_style(name))
         if name in times:
-            axes[1].plot(np.array(row["step"]) * times[name] / 1000, row["error"], **styles[name])
-        axes[2].plot(ica[name]["step"], ica[name]["error"], **styles[name])
-    axes[2].axhline(results["fast_ica"], color="gray", linewidth=1, linestyle=":", label="FastICA of sklearn")
-    for ax, x, y, title in (
-        (axes[0], "iteration", "loss", f"a rotation of SO({n}), by iterations"),
-        (axes[1], "time in s", "loss", f"a rotation of SO({n}), by time on one thread"),
-        (axes[2], "iteration", "Amari's distance", f"{results['settings']['ica']['n']} independent sources"),
-    ):
-        ax.set(xlabel=x, ylabel=y, title=title, yscale="log")
-    axes[1].set_xscale("log")
-    axes[2].legend(fontsize=8)
+            seconds.plot(np.array(row["step"]) * times[name] / 1000, row["error"], **_style(name))
+        sources.plot(ica[name]["step"], ica[name]["error"], **_style(name))
+    sources.axhline(results["fast_ica"], color="gray", linewidth=1, linestyle=":", label="FastICA of sklearn")
+    iterations.set(xlabel="iterations", ylabel="loss", title=f"rotation of SO({n})", yscale="log")
+    seconds.set(xlabel="time on one thread (s)", ylabel="loss", title="the same by time", yscale="log", xscale="log")
+    title = f"{results['settings']['ica']['n']} independent sources"
+    sources.set(xlabel="iterations", ylabel="Amari's distance", title=title, yscale="log")
     rows = results["timing"]["layers"]
     for name in rows[0]["ms"]:
         points = [(row["n"], row["ms"][name]) for row in rows if row["ms"].get(name) is not None]
-        style = styles.get(name, {"color": "black", "linestyle": ":", "label": name})
-        axes[3].plot(*zip(*points, strict=True), marker="o", markersize=3, **style)
-    axes[3].set(xlabel="width n", ylabel="time of a training step in ms", xscale="log", yscale="log")
-    axes[3].set_title("cost of a step, batch 64, one thread")
-    axes[3].legend(fontsize=8)
-    for row in results["drift"]:
-        axes[4].plot(row["merges"], row["defect"], label=f"P4Orthogonal, n = {row['n']}")
-    axes[4].axhline(1e-5, color="gray", linewidth=1, linestyle=":", label="what is asked for")
-    axes[4].set(xlabel="merges", ylabel="spectral norm of $A^T A - I$", yscale="log", title="drift in float32")
-    axes[4].legend(fontsize=8)
+        cost.plot(*zip(*points, strict=True), marker="o", markersize=3, **_style(name))
+    cost.set(
+        xlabel="width n", ylabel="training step (ms)", title="cost of a step, batch 64", xscale="log", yscale="log"
+    )
+    for row, line in zip(results["drift"], ("-", "--", ":"), strict=False):
+        style = {"color": color("P4Orthogonal"), "linestyle": line, "label": f"n = {row['n']}"}
+        drift.plot(row["merges"], row["defect"], **style)
+    drift.axhline(1e-5, color="gray", linewidth=1, linestyle=":", label="our goal")
+    drift.set(xlabel="merges", ylabel="spectral norm of AᵀA − I", title="P4Orthogonal in float32", yscale="log")
+    drift.legend()
+    rest.set_axis_off()
+    lines = {label: line for ax in (cost, sources) for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    rest.legend(lines.values(), lines.keys(), loc="center")
     return figure
 
 
-def _lipschitz(results: dict[str, Any]) -> plt.Figure:
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    rows = best(results["lipschitz"], "nll")
-    styles = _styles(list(rows))
-    for name, row in rows.items():
-        axes[0].plot(row["step"], row["nll"], **styles[name])
-        axes[1].plot(row["step"], row["effective"], **styles[name])
-    axes[1].axhline(1, color="gray", linewidth=1)
-    axes[1].set_ylim(0.8, 1.3)
-    axes[0].set(xlabel="iteration", ylabel="test NLL in nats", title="an invertible residual network")
-    axes[1].set(xlabel="iteration", ylabel="largest spectral norm / bound", title="as the layers are used")
-    axes[0].legend(fontsize=8)
+def _lipschitz(results: dict[str, Any]) -> Figure:
+    figure = new_figure(4.2)
+    nll, norm = figure.subplots(1, 2)
+    for name, row in best(results["lipschitz"], "nll").items():
+        nll.plot(row["step"], row["nll"], **_style(name))
+        norm.plot(row["step"], row["effective"], **_style(name))
+    norm.axhline(1, color="gray", linewidth=1)
+    norm.set_ylim(0.8, 1.3)
+    nll.set(xlabel="iterations", ylabel="test NLL (nats)", title="an invertible residual network")
+    norm.set(xlabel="iterations", ylabel="largest spectral norm / bound", title="as the layers are used")
+    figure.legend(*nll.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
-def _ranks(results: dict[str, Any]) -> plt.Figure:
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+def _ranks(results: dict[str, Any]) -> Figure:
+    figure = new_figure(4.6)
+    curves, ends = figure.subplots(1, 2)
     rows = results["ranks"]
-    for i, row in enumerate(rows):
+    for row in rows:
         epochs = range(1, len(row["training_loss"]) + 1)
-        line = "-" if row["method"].startswith("rank") else "--"
-        axes[0].plot(epochs, row["training_loss"], line, color=f"C{i}" if i < 10 else "black", label=row["method"])
-    axes[0].set(xlabel="epoch", ylabel="training loss in nats", yscale="log", title="digits, SGD")
-    axes[0].legend(fontsize=8)
-    for prefix, marker in (("rank ", "o"), ("following, rank ", "s")):
+        style = _style(row["method"])
+        if "convolutions" in row["method"]:
+            style["linestyle"] = ":"
+        curves.plot(epochs, row["training_loss"], **style)
+    curves.set(xlabel="epoch", ylabel="training loss (nats)", yscale="log", title="digits, SGD")
+    curves.xaxis.get_major_locator().set_params(integer=True)
+    for prefix, label in (("rank ", "P4Linear"), ("following, rank ", "following dense steps")):
         chosen = [(row["method"].removeprefix(prefix), row) for row in rows if row["method"].startswith(prefix)]
         points = [(int(rank), row["training_loss"][-1]) for rank, row in chosen if rank.isdigit()]
-        axes[1].plot(*zip(*points, strict=True), marker=marker, label=prefix.removesuffix(" rank ").rstrip(", "))
+        ends.plot(*zip(*points, strict=True), marker="o", color=color(f"{prefix}16"), label=label)
     standard = next(row for row in rows if row["method"] == "standard")["training_loss"][-1]
-    axes[1].axhline(standard, color="black", linestyle=":", label="standard layers")
-    axes[1].set(xlabel="rank k", ylabel="training loss at the end in nats", xscale="log", title="which rank is enough")
-    axes[1].legend(fontsize=8)
+    ends.axhline(standard, color=color("standard"), linestyle=":", label="standard layers")
+    ends.set(xlabel="rank k", ylabel="training loss at the end (nats)", xscale="log", title="which rank is enough")
+    ends.legend()
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.harness.claims import table as claims_table
 from benchmarks.harness.environment import save
 from benchmarks.harness.parts import part
 from benchmarks.harness.threads import one_thread
@@ -18,7 +19,7 @@ from benchmarks.properties import lipschitz, orthogonal, ranks, timing
 from benchmarks.properties.figure import draw
 from benchmarks.properties.report import claims, table
 
-__all__ = ["FILES", "KEPT", "add_arguments", "run"]
+__all__ = ["FILES", "KEPT", "add_arguments", "claims", "run", "table"]
 
 FILES = ("properties.json", "properties_orthogonal.png", "properties_lipschitz.png", "properties_ranks.png")
 KEPT = "--parts"
@@ -64,7 +65,8 @@ def run(args: Namespace) -> dict[str, Any]:
         results = {"settings": settings, **learn(args.kept, settings, args.quick, args.data)}
     results["timing"] = measure(results["settings"])
     results["claims"] = claims(results)
-    print(f"{save('properties', results, args.out)}\n{draw(results, args.out)}\n{table(results)}")
+    path = save("properties", results, args.out)
+    print(f"{path}\n{draw(results, args.out)}\n{claims_table(results)}\n\n{table(results)}")
     return results
 
 

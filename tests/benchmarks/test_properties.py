@@ -32,7 +32,7 @@ def test_properties(monkeypatch, tmp_path):
     assert {row["method"] for row in results["lipschitz"]} == set(lipschitz.METHODS)
     assert max(max(row["frozen"]) for row in results["lipschitz"] if row["method"].startswith("P4")) <= 1
     assert {row["method"] for row in results["ranks"]} == set(ranks.METHODS)
-    assert {tuple(claim) for claim in results["claims"]} == {("claim", "paper", "ours", "holds")}
+    assert {tuple(claim) for claim in results["claims"]} == {("claim", "paper", "rule", "ours", "holds")}
     for name in properties.FILES:
         assert (tmp_path / name).exists()
 

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[2]
 _NOT_COPIED = (
     *(".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info"),
-    *("build", "dist", "out", "_build"),
+    *("build", "dist", "out", "_build", "tutorials"),
 )
 
 

@@ -16,7 +16,7 @@ from p4flows.installing import REPOSITORY
 pytest.importorskip("setuptools", minversion="77.0.3")
 
 PROGRAMS = sorted((Path(__file__).parent / "programs").glob("*.py"))
-FOLDERS = ("p4flows", "tests", "benchmarks", "notebooks", ".ci", ".github")
+FOLDERS = ("p4flows", "tests", "benchmarks", "docs", "notebooks", ".ci", ".github")
 FILES = (
     *("README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile"),
     *("setup.py", "setup.cfg", "pyproject.toml", "constraints.txt", "constraints-numpy2.txt"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.harness import readme
+from p4flows.installing import REPOSITORY
 
 ROOT = readme.README.parent
 PAGES = sorted(path for path in readme.documents() if path != readme.README)
@@ -29,7 +30,8 @@ NEEDS = {  # what a page imports beside the core
     "howto/zuko": ("zuko",),
     "contract": (),
 }
-MODULES = ("", "nflows", "bgflow", "normflows", "zuko", "lightning", "molecules")
+MODULES = ("", "nflows", "bgflow", "normflows", "zuko", "lightning", "molecules", "testing")
+ELSEWHERE = {"molecule"}  # tested in tests/molecules
 
 
 def name_of(path):
@@ -61,7 +63,7 @@ def require(packages):
 
 
 def test_every_page_with_a_program_is_run():
-    assert {name_of(path) for path in PAGES if blocks(path.read_text())} == set(NEEDS)
+    assert {name_of(path) for path in PAGES if blocks(path.read_text())} == set(NEEDS) | ELSEWHERE
 
 
 @pytest.mark.filterwarnings("ignore")  # of the frameworks
@@ -196,9 +198,15 @@ def test_the_reference_has_every_public_name(module):
 
 
 def test_every_public_module_has_a_page():
-    """A module is public that the documentation of the package names."""
+    """A module is public that the documentation of the package names; that of the contract is the page of it."""
     import p4flows
 
-    named = set(re.findall(r":mod:`p4flows\.(\w+)`", p4flows.__doc__))
-    assert named == set(MODULES) - {""}
-    assert {path.stem for path in (ROOT / "docs" / "reference").glob("*.md")} == {"p4flows", *named}
+    named = set(re.findall(r":mod:`p4flows\.(\w+)`", p4flows.__doc__)) - {"perturbation"}
+    assert named <= set(MODULES)
+    assert {path.stem for path in (ROOT / "docs" / "reference").glob("*.md")} == {"p4flows", *MODULES} - {""}
+
+
+@pytest.mark.parametrize("path", [readme.README, *PAGES], ids=lambda path: path.stem)
+def test_the_address_is_that_of_the_repository(path):
+    installs = re.findall(r"p4flows(?:\[\w+\])? @ git\+([^\s'\"]+)", path.read_text())
+    assert set(installs) <= {REPOSITORY}
