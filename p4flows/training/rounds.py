@@ -95,8 +95,15 @@ class Rounds:
                 "skips": counts.get(name, {}).get("skipped", 0),
                 "share": share.of(name),
             }
-            for name, layer in self._found().items()
+            for name, layer in self.served().items()
         }
+
+    def served(self) -> dict[str, P4Layer]:
+        """All P4 layers by name, for whoever asks on behalf of another model: none if this one has been sharded."""
+        try:
+            return self._found()
+        except ValueError:  # which its own optimizer is told
+            return {}
 
     def merge(self) -> None:
         """Merge all layers now: one round, which counts towards ``force_every`` and ``correct_every``."""

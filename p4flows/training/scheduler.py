@@ -209,6 +209,10 @@ class MergeScheduler(Rounds):
             return any(id(p) in ids for layer in self._found().values() for p in layer.perturbation)
         except RuntimeError:  # another thread is building the model at this moment
             return False
+        except ValueError:  # the model has been sharded, which is no concern of the optimizers of others
+            if any(id(p) in ids for p in self.model.parameters()):
+                raise
+            return False
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Add the gradient of the penalty, if that was asked for."""
@@ -243,7 +247,7 @@ class MergeScheduler(Rounds):
         for other in watchers():
             if other is self or not isinstance(other, MergeScheduler) or not getattr(other, what):
                 continue
-            if any(id(p) in mine for layer in other._found().values() for p in layer.perturbation):
+            if any(id(p) in mine for layer in other.served().values() for p in layer.perturbation):
                 if other.attached and other.optimizer is not None:  # otherwise its training has ended
                     message = f"another MergeScheduler serves these layers; it is detached: {other!r}"
                     warnings.warn(message, stacklevel=4)

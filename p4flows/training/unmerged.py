@@ -54,7 +54,9 @@ def _look(optimizer: Optimizer, step: int) -> None:
     ids = held(optimizer)
     try:
         trained = [layer for layer in _alive if layer.training and _stepped_on(layer, ids)]
-        served = {id(each) for watcher in watchers() if isinstance(watcher, Rounds) for each in watcher.layers}
+        served = {
+            id(each) for watcher in watchers() if isinstance(watcher, Rounds) for each in watcher.served().values()
+        }
     except RuntimeError:  # another thread is building a model at this moment
         return
     seen = _seen.setdefault(optimizer, weakref.WeakKeyDictionary())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from p4flows import InvertibleLinear, MergeScheduler, P4Inv, P4Linear
+from p4flows import InvertibleLinear, MergeScheduler, P4Inv, P4Linear, report
 
 N = 4
 OPTIONS = {
@@ -368,3 +368,25 @@ def test_sharded_parameters_are_refused(process_group, version, layer):
         MergeScheduler(model, optimizer)
     with pytest.raises(ValueError, match=r"sharded over processes \(FSDP\)"):
         late.merge() if version != 1.5 else MergeScheduler(model, None)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_sharded_model_does_not_hinder_the_training_of_others(process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    layers = nn.Sequential(P4Inv(N))
+    MergeScheduler(layers, None).attach()
+    sharded = fully_shard(layers, mesh=init_device_mesh("cpu", (2,)))
+    other = P4Inv(N)
+    optimizer = torch.optim.SGD(other.parameters(), lr=1e-2)
+    scheduler = MergeScheduler(other, optimizer, every=1).attach()
+    other(torch.randn(4, N))[0].sum().backward()
+    optimizer.step()
+    assert scheduler.counters["merged"] == 1
+    assert report(other).layers[""]["merges"] == 1
+    mine = torch.optim.SGD(sharded.parameters(), lr=1e-2)
+    for p in sharded.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.raises(ValueError, match=r"sharded over processes \(FSDP\)"):
+        mine.step()
