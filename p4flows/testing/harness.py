@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from p4flows.checks import choice, integer, number
+from p4flows.checks import integer, items, number
 from p4flows.perturbation import P4Layer
 from p4flows.testing import checks
 from p4flows.testing.case import Case
@@ -60,10 +60,11 @@ def check_perturbation(
     >>> from p4flows import P4Orthogonal
     >>> check_perturbation(lambda: P4Orthogonal(4), steps=50)
     """
-    if not callable(constructor):
+    if not callable(constructor) or isinstance(constructor, nn.Module):
         raise ValueError(f"constructor: expected a function that makes a P4Layer, got {constructor!r}")
-    names = [choice("only", name, CHECKS) for name in ([*CHECKS] if only is None else only)]
-    left_out = {choice("skip", name, CHECKS) for name in skip}
+    expected = f"names of checks, {', '.join(CHECKS)}"
+    names = [*CHECKS] if only is None else items("only", only, expected, CHECKS.__contains__)
+    left_out = items("skip", skip, expected, CHECKS.__contains__) if skip != () else []
     with torch.random.fork_rng():
         case = Case(constructor, example, integer("steps", steps, 1), number("scale", scale, 0, strict=True), tolerance)
         for name in names:

@@ -31,7 +31,7 @@ NEEDS = {  # what a page imports beside the core
     "contract": (),
 }
 MODULES = ("", "nflows", "bgflow", "normflows", "zuko", "lightning", "molecules", "testing")
-ELSEWHERE = {"molecule"}  # tested in tests/molecules
+ELSEWHERE: set[str] = set()
 
 
 def name_of(path):

@@ -1,5 +1,3 @@
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 
@@ -10,13 +8,16 @@ def molecule():
 
 
 @pytest.fixture(scope="session")
-def frames(molecule, tmp_path_factory, in_threads):
+def frames(molecule, tmp_path_factory):
     """600 real frames at 600 K."""
     from p4flows.molecules import simulate
 
     cache = tmp_path_factory.mktemp("md")
-    options = {"positions": molecule.positions, "equilibration": 500, "executor": in_threads}
-    return torch.from_numpy(simulate(molecule.system, 600, 600, 50, cache=cache, progress=False, **options))
+    return torch.from_numpy(
+        simulate(
+            molecule.system, 600, 600, 50, positions=molecule.positions, equilibration=500, cache=cache, progress=False
+        )
+    )
 
 
 @pytest.fixture(scope="session")
@@ -24,10 +25,3 @@ def energy(molecule):
     from p4flows.molecules import OpenMMEnergy
 
     return OpenMMEnergy(molecule.system, 600)
-
-
-@pytest.fixture(scope="session")
-def in_threads():
-    """An executor for simulations in this process, as to spawn others takes seconds."""
-    with ThreadPoolExecutor(2) as executor:
-        yield executor

@@ -39,6 +39,9 @@ class Scaling(P4Layer):
     def penalty(self):
         return torch.zeros(())
 
+    def violation(self):
+        return torch.zeros((), dtype=torch.float64)
+
     def diagnostics(self):
         return {"residual": torch.zeros(()), "roughness": self.factor.detach()}
 

@@ -1,1 +1,0 @@
-"""What is simulated, beside what OpenMM simulates by itself."""
