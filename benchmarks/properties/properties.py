@@ -34,8 +34,8 @@ _FULL = {
     "timing": {"widths": [64, 128, 256, 512, 1024, 2048], "turns": 5, "slow": 3.0},
 }
 _QUICK = {
-    "rotation": {"n": 6, "batch": 8, "steps": 20, "rates": [1e-2]},
-    "ica": {"n": 4, "batch": 16, "steps": 20, "rates": [1e-2]},
+    "rotation": {"n": 8, "batch": 8, "steps": 40, "rates": [1e-2]},
+    "ica": {"n": 8, "batch": 64, "steps": 60, "rates": [1e-2]},
     "drift": {"widths": [8], "rank": 2, "merges": 40, "points": 4},
     "lipschitz": {"data": "pinwheel", "blocks": 1, "hidden": 8, "batch": 16, "steps": 20, "points": 2},
     "lipschitz_rates": [1e-2],

@@ -63,8 +63,8 @@ def check_perturbation(
     if not callable(constructor) or isinstance(constructor, nn.Module):
         raise ValueError(f"constructor: expected a function that makes a P4Layer, got {constructor!r}")
     expected = f"names of checks, {', '.join(CHECKS)}"
-    names = [*CHECKS] if only is None else items("only", only, expected, CHECKS.__contains__)
-    left_out = items("skip", skip, expected, CHECKS.__contains__) if skip != () else []
+    names = [*CHECKS] if only is None else items("only", only, expected, _known)
+    left_out = [] if isinstance(skip, tuple | list) and not skip else items("skip", skip, expected, _known)
     with torch.random.fork_rng():
         case = Case(constructor, example, integer("steps", steps, 1), number("scale", scale, 0, strict=True), tolerance)
         for name in names:
@@ -73,3 +73,7 @@ def check_perturbation(
                     CHECKS[name](case)
                 except AssertionError as error:
                     raise AssertionError(f"{name}: {error}") from error
+
+
+def _known(name: object) -> bool:
+    return isinstance(name, str) and name in CHECKS

@@ -36,7 +36,11 @@ def test_properties(monkeypatch, tmp_path):
     for name in properties.FILES:
         assert (tmp_path / name).exists()
 
-    monkeypatch.setattr(orthogonal, "train_rotation", lambda **_: pytest.fail("trained again"))
+    def only_missing(method, **_):
+        assert method not in installed, "trained again"
+        raise ModuleNotFoundError(method)
+
+    monkeypatch.setattr(orthogonal, "train_rotation", only_missing)
     again = call(monkeypatch, tmp_path, arguments)
     assert again["rotation"] == results["rotation"]
     timed = call(monkeypatch, tmp_path, f"properties --timing --parts {tmp_path / 'none'}")

@@ -75,6 +75,8 @@ def test_the_programs_of_a_page_run_one_after_the_other(page, monkeypatch, tmp_p
     namespace = {"__name__": "__main__"}
     for code, expected in blocks(path.read_text()):
         printed = run(code, namespace, path.name)
+        if page == "howto/sbi":  # which overwrites a line of its own again and again
+            printed = "".join(line for line in printed.splitlines() if "Training neural network" not in line)
         if expected is not None or printed:
             assert printed == expected
 
