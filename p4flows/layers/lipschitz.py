@@ -64,7 +64,7 @@ class P4Lipschitz(Affine):
         arXiv:1804.04368.
 
     >>> layer = P4Lipschitz(64, 64, bound=0.9)
-    >>> bool(layer.norm_bound <= 0.9), bool(torch.linalg.matrix_norm(layer.A, 2) > 0.89)
+    >>> bool(torch.linalg.matrix_norm(layer.A, 2) <= layer.norm_bound), bool(layer.norm_bound <= 0.9)
     (True, True)
     """
 
