@@ -101,19 +101,19 @@ observers: list[Callable[[P4Layer], None]] = []
 class MergeOutcome(IntEnum):
     """What became of a merge.
 
-    SKIPPED: nothing changed, because a bound was violated or the result could not be stored.
-    MERGED: the perturbation is in the frozen parameters, and starts anew.
-    FORCED: the same, although a bound was violated.
-    RESET: the perturbation was not finite; it starts anew, without a merge.
-    PARTIAL: a part of the perturbation is in the frozen parameters; the rest of it remains (InvertibleLinear), or is
-        dropped, since it would have left the feasible set (P4Lipschitz).
+    - SKIPPED: nothing changed, because a bound was violated or the result could not be stored.
+    - MERGED: the perturbation is in the frozen parameters, and starts anew.
+    - FORCED: the same, although a bound was violated.
+    - RESET: the perturbation was not finite; it starts anew, without a merge.
+    - PARTIAL: a part of the perturbation is in the frozen parameters; the rest of it remains (InvertibleLinear), or is
+      dropped, since it would have left the feasible set (P4Lipschitz).
 
     :meth:`P4Layer.merge` returns one of these. :meth:`P4Layer.merge_all` may say why a merge was skipped:
 
-    SKIPPED_UPDATE: the update is out of the bounds on ln|G|.
-    SKIPPED_DETERMINANT: the new determinant is out of the bounds on ln|G det A|.
-    SKIPPED_RANGE: the new matrices would not be finite, or the update is singular.
-    SKIPPED_NOT_FINITE: the perturbation is not finite, and the layer does not drop it.
+    - SKIPPED_UPDATE: the update is out of the bounds on ln|G|.
+    - SKIPPED_DETERMINANT: the new determinant is out of the bounds on ln|G det A|.
+    - SKIPPED_RANGE: the new matrices would not be finite, or the update is singular.
+    - SKIPPED_NOT_FINITE: the perturbation is not finite, and the layer does not drop it.
     """
 
     SKIPPED = 0
@@ -140,9 +140,9 @@ class MergeOutcome(IntEnum):
 class Correction(IntEnum):
     """What a correction did.
 
-    NONE: nothing, since none was needed.
-    ITERATED: a few steps of an iteration, such as the hyperpower iteration for an inverse.
-    INVERTED: what is derived was made from nothing, since it was too far off for an iteration to converge.
+    - NONE: nothing, since none was needed.
+    - ITERATED: a few steps of an iteration, such as the hyperpower iteration for an inverse.
+    - INVERTED: what is derived was made from nothing, since it was too far off for an iteration to converge.
     """
 
     NONE = 0

@@ -13,6 +13,14 @@ from benchmarks.properties.report import best, step_times
 
 __all__ = ["draw"]
 
+_LINES = {
+    "P4Lipschitz, N = 1": ":",
+    "rank 32": (0, (5, 1)),
+    "rank 64": "-.",
+    "rank 128": ":",
+    "rank 16, convolutions too": (0, (1, 3)),
+}
+
 
 def draw(results: dict[str, Any], folder: Path) -> str:
     """Draw all pictures, and return their paths."""
@@ -22,9 +30,9 @@ def draw(results: dict[str, Any], folder: Path) -> str:
 
 
 def _style(method: str) -> dict[str, Any]:
-    """Ours in full lines, all others dashed; P4Lipschitz by its rank and, dotted, with N = 1."""
+    """Ours in full lines, all others dashed; in lines of their own what else would have the colour of another."""
     ours = method.startswith(("P4", "following", "rank"))
-    line = ":" if method == "P4Lipschitz, N = 1" else "-" if ours else "--"
+    line = _LINES.get(method, "-" if ours else "--")
     return {"color": color(method), "linestyle": line, "linewidth": 2.0 if ours else 1.3, "label": method}
 
 
@@ -53,7 +61,8 @@ def _orthogonal(results: dict[str, Any]) -> Figure:
     )
     for row, line in zip(results["drift"], ("-", "--", ":"), strict=False):
         style = {"color": color("P4Orthogonal"), "linestyle": line, "label": f"n = {row['n']}"}
-        drift.plot(row["merges"], row["defect"], **style)
+        # What is exactly zero, as at the start, has no place on a logarithmic axis.
+        drift.plot(row["merges"], [defect or np.nan for defect in row["defect"]], **style)
     drift.axhline(1e-5, color="gray", linewidth=1, linestyle=":", label="our goal")
     drift.set(xlabel="merges", ylabel="spectral norm of AᵀA − I", title="P4Orthogonal in float32", yscale="log")
     drift.legend()
@@ -83,10 +92,7 @@ def _ranks(results: dict[str, Any]) -> Figure:
     rows = results["ranks"]
     for row in rows:
         epochs = range(1, len(row["training_loss"]) + 1)
-        style = _style(row["method"])
-        if "convolutions" in row["method"]:
-            style["linestyle"] = ":"
-        curves.plot(epochs, row["training_loss"], **style)
+        curves.plot(epochs, row["training_loss"], **_style(row["method"]))
     curves.set(xlabel="epoch", ylabel="training loss (nats)", yscale="log", title="digits, SGD")
     curves.xaxis.get_major_locator().set_params(integer=True)
     for prefix, label in (("rank ", "P4Linear"), ("following, rank ", "following dense steps")):
