@@ -230,8 +230,8 @@ def test_wrong_arguments():
     for arguments, message in (
         ({"constructor": None}, "constructor: expected a function that makes a P4Layer, got None"),
         ({"constructor": lambda: nn.Linear(2, 2)}, "constructor: expected one that returns a P4Layer, got Linear"),
-        ({"only": ["everything"]}, "only: expected one of 'declarations'"),
-        ({"skip": ["everything"]}, "skip: expected one of 'declarations'"),
+        ({"only": ["everything"]}, "only: expected names of checks, declarations, "),
+        ({"skip": ["everything"]}, "skip: expected names of checks, declarations, "),
         ({"steps": 0}, "steps: expected an integer >= 1, got 0"),
         ({"scale": 0.0}, "scale: expected a finite number > 0, got 0.0"),
         ({"tolerance": -1.0}, "tolerance: expected a finite number >= 0, got -1.0"),
