@@ -37,7 +37,7 @@ def follow_training(
     Q, _ = torch.linalg.qr(torch.randn(n, n))
     mixing = Q * torch.logspace(-1, 1, n)
     measured = {round(steps * (i + 1) / points) for i in range(points)} | {1}
-    errors, merge_s, start = [], 0.0, time.perf_counter()
+    errors, merge_s, start = [], 0.0, time.process_time()
     measuring = 0.0
     for i in tqdm(range(1, steps + 1), desc=f"n = {n}, {name}, trained", mininterval=5):
         optimizer.zero_grad()
@@ -46,13 +46,13 @@ def follow_training(
         energy = (x @ Q / torch.logspace(-1, 1, n)).square().sum(-1) / 2
         ((z.square().sum(-1) / 2 - forward).mean() + 0.1 * (energy - backward).mean()).backward()
         optimizer.step()
-        before = time.perf_counter()
+        before = time.process_time()
         scheduler.step()
-        merge_s += time.perf_counter() - before
+        merge_s += time.process_time() - before
         if i in measured:
-            before = time.perf_counter()
+            before = time.process_time()
             errors.append({"merges": i, **errors_of(layer.A, layer.A_inv, layer.logabsdet_A)})
-            measuring += time.perf_counter() - before
+            measuring += time.process_time() - before
     return {
         "n": n,
         "method": name,
@@ -60,6 +60,6 @@ def follow_training(
         "perturbations": "trained",
         "errors": errors,
         "merge_s": merge_s,
-        "step_s": time.perf_counter() - start - merge_s - measuring,
+        "step_s": time.process_time() - start - merge_s - measuring,
         "counters": scheduler.counters,
     }
