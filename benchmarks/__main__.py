@@ -46,6 +46,10 @@ COMMANDS = {
         "properties.properties",
         "orthogonal and Lipschitz continuous layers (Section 5), and the rank of plain ones, beside their peers",
     ),
+    "validation": (
+        "molecules.validation",
+        "simulations of alanine dipeptide beside OpenMM's own script, and the virial theorem",
+    ),
     "readme": ("harness.readme", "copy the result tables into README.md and docs/"),
 }
 

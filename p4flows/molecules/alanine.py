@@ -2,35 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-import openmm
 from openmm import app
 
-__all__ = ["Molecule", "alanine_dipeptide"]
+from p4flows.molecules.molecule import Molecule
 
-
-@dataclass(frozen=True)
-class Molecule:
-    """A molecule with what a Boltzmann generator needs to know of it.
-
-    Attributes:
-        topology: its ``openmm.app.Topology``.
-        system: its ``openmm.System``.
-        positions: a structure, (n_atoms, 3) in nm.
-        z_matrix: (n_atoms - m, 4) atom indices: rows (atom, bond, angle, dihedral).
-        rigid_block: (m,) atom indices.
-        phi, psi: (4,) atom indices of the backbone dihedrals.
-    """
-
-    topology: app.Topology
-    system: openmm.System
-    positions: np.ndarray
-    z_matrix: np.ndarray
-    rigid_block: np.ndarray
-    phi: np.ndarray
-    psi: np.ndarray
+__all__ = ["alanine_dipeptide"]
 
 
 def alanine_dipeptide() -> Molecule:

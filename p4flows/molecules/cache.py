@@ -17,16 +17,23 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]  # the usual way to say that a module is not there
 
-__all__ = ["save", "workplace"]
+__all__ = ["is_in_use", "root", "save", "workplace"]
 
 
-def save(path: Path, content: np.ndarray | bytes) -> None:
+def root(cache: str | os.PathLike | None) -> Path:
+    """The folder of the cache: the one given, that of the environment variable P4FLOWS_CACHE, or ~/.cache/p4flows."""
+    return Path(cache or os.environ.get("P4FLOWS_CACHE") or Path.home() / ".cache" / "p4flows")
+
+
+def save(path: Path, content: np.ndarray | bytes | dict) -> None:
     """Write a file that is either whole or not there, under a temporary name that no other process uses."""
     part = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
     try:
         with open(part, "wb") as file:
             if isinstance(content, bytes):
                 file.write(content)
+            elif isinstance(content, dict):
+                np.savez(file, **content)
             else:
                 np.save(file, content)
         part.replace(path)
@@ -55,6 +62,20 @@ def workplace(folder: Path, wait: Callable[[], None]) -> Iterator[Path]:
         yield private
     finally:
         shutil.rmtree(private, ignore_errors=True)
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether another process or thread has the folder as its :func:`workplace`; False where that cannot be known."""
+    if fcntl is None or not (folder / "lock").exists():
+        return False
+    with open(folder / "lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # some network file systems
+            return False
+    return False
 
 
 def _lock(file: int, wait: Callable[[], None]) -> bool:

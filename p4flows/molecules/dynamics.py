@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
-import openmm
-from openmm import unit
 
 from p4flows.molecules.cache import save
+from p4flows.molecules.replicas import Replicas
+from p4flows.molecules.thermostat import Thermostat
 
-__all__ = ["TIME_STEP", "chunks", "run"]
+__all__ = ["chunks", "run", "trajectory"]
 
-TIME_STEP = 1 * unit.femtosecond
 _CHUNK = 250  # frames between checkpoints
 
 
@@ -25,52 +23,79 @@ def chunks(folder: Path, chain: int, count: int) -> list[Path]:
 
 
 def run(connection: Connection, settings: dict, chain: int, count: int, folder: str) -> None:
-    """Simulate, and send the numbers of new frames, then None; or the error."""
+    """Simulate, and send the numbers of new frames, then what there is to tell of the run; or the error."""
     try:
-        for done in _simulate_chain(settings, chain, count, Path(folder)):
+        simulation = _make(settings, chain)
+        for done in _simulate_chain(simulation, settings, chain, count, Path(folder)):
             connection.send(done)
-        connection.send(None)
+        connection.send(simulation.summary())
     except Exception as error:  # whatever it is, the caller gets to see it
         connection.send(RuntimeError(f"molecular dynamics failed: {type(error).__name__}: {error}"))
 
 
-def _simulate_chain(settings: dict, chain: int, count: int, folder: Path) -> Iterator[int]:
+def trajectory(settings: dict, chain: int, count: int) -> tuple[np.ndarray, dict]:
+    """The same frames in one go, without files: for processes on other machines. Frames (count, ...) and summary."""
+    simulation = _make(settings, chain)
+    simulation.start(settings["positions"], settings["equilibration"])
+    frames = np.stack([simulation.frame(settings["stride"]) for _ in range(count)])
+    _check(frames)
+    return frames, simulation.summary()
+
+
+def _make(settings: dict, chain: int) -> _Single | Replicas:
+    return (Replicas if "exchange" in settings else _Single)(settings, chain)
+
+
+def _simulate_chain(
+    simulation: _Single | Replicas, settings: dict, chain: int, count: int, folder: Path
+) -> Iterator[int]:
     """Yields the numbers of frames that have become available."""
-    integrator = openmm.LangevinMiddleIntegrator(settings["temperature"], 1 / unit.picosecond, TIME_STEP)
-    # OpenMM takes 0 for "choose a random one".
-    noise = int(np.random.SeedSequence([settings["seed"], chain]).generate_state(1)[0] % (2**31 - 2)) + 1
-    integrator.setRandomNumberSeed(noise)
-    context = openmm.Context(
-        openmm.XmlSerializer.deserialize(settings["system"]),
-        integrator,
-        openmm.Platform.getPlatformByName("Reference"),
-    )
     start = 0
     paths = chunks(folder, chain, count)
     while start < len(paths) and paths[start].exists() and (folder / f"chain-{chain}-{start}.chk").exists():
         start += 1
     if start:
-        context.loadCheckpoint((folder / f"chain-{chain}-{start - 1}.chk").read_bytes())
+        simulation.load((folder / f"chain-{chain}-{start - 1}.chk").read_bytes())
         yield min(start * _CHUNK, count)
     else:
-        context.setPositions(np.array(settings["positions"]))
-        context.computeVirtualSites()
-        start_energy = context.getState(getEnergy=True).getPotentialEnergy()._value
-        if not math.isfinite(start_energy):  # the minimiser would never return
-            raise ValueError(f"the energy of the starting positions is {start_energy}")
-        openmm.LocalEnergyMinimizer.minimize(context)
-        context.setVelocitiesToTemperature(settings["temperature"], noise)
-        integrator.step(settings["equilibration"])
+        simulation.start(settings["positions"], settings["equilibration"])
     for i in range(start, len(paths)):
         size = min(_CHUNK, count - i * _CHUNK)
-        frames = np.empty((size, context.getSystem().getNumParticles(), 3), dtype=np.float32)
+        frames = []
         for j in range(size):
-            integrator.step(settings["stride"])
-            frames[j] = context.getState(getPositions=True).getPositions(asNumpy=True)._value
+            frames.append(simulation.frame(settings["stride"]))
             if j % 50 == 49:
                 yield 50
-        if not np.isfinite(frames).all():
-            raise ValueError("positions became NaN or infinite")
-        save(folder / f"chain-{chain}-{i}.chk", context.createCheckpoint())
-        save(paths[i], frames)
+        _check(np.stack(frames))
+        save(folder / f"chain-{chain}-{i}.chk", simulation.save())
+        save(paths[i], np.stack(frames))
         yield size % 50
+
+
+def _check(frames: np.ndarray) -> None:
+    if not np.isfinite(frames).all():
+        raise ValueError("positions became NaN or infinite")
+
+
+class _Single:
+    """One copy at one temperature."""
+
+    def __init__(self, settings: dict, chain: int) -> None:
+        self._copy = Thermostat(settings, settings["temperature"], [chain])
+
+    def start(self, positions: list, equilibration: int) -> None:
+        self._copy.start(positions)
+        self._copy.step(equilibration)
+
+    def frame(self, stride: int) -> np.ndarray:
+        self._copy.step(stride)
+        return self._copy.positions()
+
+    def save(self) -> bytes:
+        return self._copy.context.createCheckpoint()
+
+    def load(self, checkpoint: bytes) -> None:
+        self._copy.context.loadCheckpoint(checkpoint)
+
+    def summary(self) -> dict:
+        return {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from concurrent.futures import Executor
 from functools import partial
 from typing import Any
 
@@ -15,8 +17,10 @@ from torch import Tensor
 from p4flows.checks import choice, integer, number
 from p4flows.molecules.evaluation import WorkerPool
 from p4flows.molecules.evaluator import Evaluator
+from p4flows.molecules.molecule import Molecule
 from p4flows.molecules.ownership import Deadline, Owner
 from p4flows.molecules.regularization import ordered, regularize_energy
+from p4flows.molecules.tasks import TaskPool
 from p4flows.molecules.units import in_unit, positions_tensor
 
 __all__ = ["OpenMMEnergy"]
@@ -28,15 +32,20 @@ class OpenMMEnergy:
     r"""Reduced energy ``u(x) = U(x) / kT`` of an OpenMM system, with gradient ``-F(x) / kT``.
 
     Args:
-        system: an ``openmm.System``. Its virtual sites are placed by their parent atoms, whatever positions are
-            given for them, and get the gradient zero; constraints do not enter into the energy.
+        system: an ``openmm.System``, or a :class:`Molecule` for its system. Virtual sites are placed by their parent
+            atoms, whatever positions are given for them, and get the gradient zero; constraints do not enter into
+            the energy.
         temperature: T in kelvin, or with a unit of OpenMM: ``300 * kelvin``.
         platform: OpenMM platform. "Reference" is the fastest for some tens of atoms.
         workers: number of spawned processes that share each batch; 0 evaluates in this process. A script that uses
-            workers needs the usual ``if __name__ == "__main__":``.
+            workers needs the usual ``if __name__ == "__main__":``. With an executor, the number of tasks that each
+            batch is cut into; 0 for tasks of 256 structures.
         timeout: seconds that a call may wait, all its waits together: for other threads that use this energy, for
             workers to start, and for their answers. None for no limit.
         e_high, e_max: optional regularisation of high energies in kT, see :func:`regularize_energy`. Both or neither.
+        executor: a ``concurrent.futures.Executor`` that evaluates batches in tasks, instead of workers: that of
+            dask.distributed, ``Client.get_executor()``, or of mpi4py.futures, for other machines. It remains the
+            caller's, to shut down as well. A process that is lost is an error, unless the engine repeats its tasks.
 
     Call it with positions in nm, (..., n_atoms, 3) or (..., 3 n_atoms); the energies in kT are (...), in the dtype and
     on the device of the positions. NumPy arrays and OpenMM's own positions, with units or as lists of ``Vec3``, are
@@ -58,16 +67,20 @@ class OpenMMEnergy:
 
     def __init__(
         self,
-        system: openmm.System,
+        system: openmm.System | Molecule,
         temperature: float,
         platform: str = "Reference",
         workers: int = 0,
         timeout: float | None = 600.0,
         e_high: float | None = None,
         e_max: float | None = None,
+        *,
+        executor: Executor | None = None,
     ) -> None:
+        if isinstance(system, Molecule):
+            system = system.system
         if not isinstance(system, openmm.System):
-            raise ValueError(f"system: expected an openmm.System, got {type(system).__name__}")
+            raise ValueError(f"system: expected an openmm.System or a Molecule, got {type(system).__name__}")
         names = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
         if (e_high is None) != (e_max is None):
             raise ValueError(f"e_high and e_max: expected both or neither, got {e_high!r} and {e_max!r}")
@@ -79,6 +92,9 @@ class OpenMMEnergy:
         self.workers = integer("workers", workers, 0)
         timeout = in_unit("timeout", timeout, unit.second)
         self.timeout = None if timeout is None else number("timeout", timeout, 0, strict=True)
+        if executor is not None and not isinstance(executor, Executor):
+            raise ValueError(f"executor: expected a concurrent.futures.Executor, got {type(executor).__name__}")
+        self.executor, self._pid = executor, os.getpid()
         self.e_high, self.e_max = e_high, e_max
         self.invalid = 0
         self._system_xml = openmm.XmlSerializer.serialize(system)
@@ -86,7 +102,8 @@ class OpenMMEnergy:
 
     def _own(self) -> None:
         # Not a bound method: in a cycle, workers would outlive the energy until the next collection.
-        self._owner = Owner(partial(_make, self.workers, self._system_xml, self.platform, self.n_atoms))
+        arguments = self.executor, self._pid, self.workers, self._system_xml, self.platform, self.n_atoms
+        self._owner = Owner(partial(_make, *arguments))
 
     @property
     def _pool(self) -> WorkerPool | None:
@@ -143,7 +160,7 @@ class OpenMMEnergy:
     def _compute(self, positions: np.ndarray, energies: np.ndarray, forces: np.ndarray | None) -> None:
         deadline = Deadline(self.timeout)
         with self._owner.borrow(deadline) as resource:
-            if isinstance(resource, WorkerPool):
+            if isinstance(resource, WorkerPool | TaskPool):
                 resource(positions, energies, forces, deadline)
             else:
                 resource(positions, energies, forces)
@@ -159,6 +176,8 @@ class OpenMMEnergy:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.executor is not None:
+            raise TypeError("an OpenMMEnergy with an executor cannot be copied or sent to another process")
         return {name: value for name, value in self.__dict__.items() if name != "_owner"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -166,7 +185,11 @@ class OpenMMEnergy:
         self._own()
 
 
-def _make(workers: int, system_xml: str, platform: str, n_atoms: int) -> Evaluator | WorkerPool:
+def _make(
+    executor: Executor | None, pid: int, workers: int, system_xml: str, platform: str, n_atoms: int
+) -> Evaluator | WorkerPool | TaskPool:
+    if executor is not None:
+        return TaskPool(executor, workers, system_xml, platform, pid)
     return WorkerPool(workers, system_xml, platform, n_atoms) if workers else Evaluator(system_xml, platform)
 
 

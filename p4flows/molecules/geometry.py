@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-__all__ = ["angle", "dihedral", "distance", "is_superposed", "place", "superpose"]
+__all__ = [
+    "angle",
+    "dihedral",
+    "distance",
+    "is_superposed",
+    "log_swept_volume",
+    "place",
+    "superpose",
+    "triangle",
+]
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
@@ -66,3 +77,27 @@ def is_superposed(x: Tensor, reference: Tensor) -> Tensor:
     # Sylvester's criterion; NaN compares false.
     minor = M[..., 0, 0] * M[..., 1, 1] - M[..., 0, 1] * M[..., 1, 0]
     return (M[..., 0, 0] > 0) & (minor > 0) & (torch.linalg.det(M) > 0)
+
+
+def log_swept_volume(block: Tensor, complement: Tensor) -> Tensor:
+    """ln of the volume that m points (..., m, 3) sweep under translations and rotations; (...).
+
+    ``complement`` (3m, 3) are orthonormal directions that vibrations and translations do not span. Columns e × r for
+    the three axes e tell how the points move under rotations; translations contribute √m each.
+    """
+    axes = torch.eye(3, dtype=block.dtype, device=block.device)[:, None]
+    levers = block.unsqueeze(-3).expand(*block.shape[:-2], 3, *block.shape[-2:])
+    swept = torch.linalg.cross(axes.expand_as(levers), levers).flatten(-2)
+    return torch.linalg.det(swept @ complement).abs().log() + 1.5 * math.log(block.shape[-2])
+
+
+def triangle(first: Tensor, second: Tensor, theta: Tensor) -> Tensor:
+    """Points a, b, c (..., 3, 3), centred, with ``|a - b| = first``, ``|b - c| = second``, ``angle(a, b, c) = theta``.
+
+    The volume element is ``first² second² sin(theta)``, with rotations measured by their axis vector at the identity.
+    """
+    zero = torch.zeros_like(theta)
+    a = torch.stack([first, zero, zero], -1)
+    c = torch.stack([second * theta.cos(), second * theta.sin(), zero], -1)
+    points = torch.stack([a, torch.zeros_like(a), c], -2)
+    return points - points.mean(-2, keepdim=True)

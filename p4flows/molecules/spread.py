@@ -33,7 +33,9 @@ def fit_block(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return reference, vibrations @ directions.mT * (spread / math.sqrt(len(block) - 1)), complement
 
 
-def check_spread(x: Tensor, z_matrix: Tensor, rigid_block: Tensor, raw: Tensor, basis: Tensor) -> None:
+def check_spread(
+    x: Tensor, rigid_block: Tensor, bonds: Tensor, angles: Tensor, dihedrals: Tensor, raw: Tensor, basis: Tensor
+) -> None:
     """ValueError where a coordinate does not vary, so that it has no density that could be whitened.
 
     A constrained bond varies by the tolerance of the constraint only. Divided by this spread it would become a
@@ -41,31 +43,32 @@ def check_spread(x: Tensor, z_matrix: Tensor, rigid_block: Tensor, raw: Tensor, 
 
     Args:
         x: positions (B, n_atoms, 3).
-        z_matrix, rigid_block: as in :class:`MixedCoordinates`.
-        raw: bonds, angles and dihedrals of x, (B, 3 rows).
-        basis: whitened vibrations of the block, from :func:`fit_block`.
+        rigid_block: atoms (m,) of the block; its distances are checked if it is described by Cartesian coordinates.
+        bonds, angles, dihedrals: the atoms (k, 2), (k, 3), (k, 4) of the internal coordinates.
+        raw: their values over x, (B, all of them).
+        basis: whitened vibrations of the block, from :func:`fit_block`; none if it has internal coordinates.
     """
-    placed = z_matrix.tolist()
-    pairs = torch.combinations(rigid_block, 2)
+    pairs = torch.combinations(rigid_block, 2) if basis.shape[1] else rigid_block.new_empty(0, 2)
     lengths = geometry.distance(x[:, pairs[:, 0]], x[:, pairs[:, 1]])
     names = [f"the distance of atoms {i} and {j} of the block" for i, j in pairs.tolist()]
-    names += [f"the bond {row[0]}-{row[1]}" for row in placed]
-    names += [f"the angle {row[0]}-{row[1]}-{row[2]}" for row in placed]
-    names += ["the dihedral {}-{}-{}-{}".format(*row) for row in placed]
+    for kind, atoms in (("bond", bonds), ("angle", angles), ("dihedral", dihedrals)):
+        names += [f"the {kind} {'-'.join(map(str, row))}" for row in atoms.tolist()]
     names += [f"vibration {i} of the block" for i in range(basis.shape[1])]
     vibrations = torch.linalg.svdvals(basis)
-    std = torch.cat([lengths.std(0), raw.std(0), vibrations])
+    std = torch.cat([lengths.std(0) if len(pairs) else vibrations, raw.std(0), vibrations])
     # A length is compared with its mean, an angle with a radian, a vibration with the size of the block.
-    bonds, angles = raw[:, : len(placed)].mean(0), raw.new_ones(2 * len(placed))
-    scale = torch.cat([lengths.mean(0), bonds, angles, lengths.mean().expand(len(vibrations))])
-    units = ["nm"] * (len(pairs) + len(placed)) + ["rad"] * (2 * len(placed)) + ["nm"] * len(vibrations)
+    radians = raw.new_ones(len(angles) + len(dihedrals))
+    size = lengths.mean().expand(len(vibrations))
+    scale = torch.cat([lengths.mean(0), raw[:, : len(bonds)].mean(0), radians, size])
+    units = ["nm"] * (len(pairs) + len(bonds)) + ["rad"] * len(radians) + ["nm"] * len(vibrations)
     still = (~(std > _SMALLEST_SPREAD * scale)).nonzero().flatten().tolist()
     if still:
         shown = ", ".join(f"{names[i]} (by {std[i]:.1g} {units[i]})" for i in still[:3])
         more = f" and {len(still) - 3} more" if len(still) > 3 else ""
         raise ValueError(
             f"data: expected every coordinate to vary over the frames, by more than {_SMALLEST_SPREAD:g} of its size; "
-            f"got {shown}{more}. Constrained bonds and virtual sites have no density: create the system with "
+            f"got {shown}{more}. Constrained bonds and virtual sites have no density: make the coordinates of the "
+            "Molecule, MixedCoordinates(molecule, data), which leave constrained bonds out, or create the system with "
             "constraints=None and rigidWater=False and a model without virtual sites, and simulate it again"
         )
 
@@ -82,7 +85,7 @@ def widest_gap(dihedrals: Tensor) -> Tensor:
         runs = torch.tensor_split(best, (best.diff() > 1).nonzero().flatten() + 1)
         longest = max(runs, key=len)
         cuts.append(-math.pi + (longest.double().mean() + 0.5) * 2 * math.pi / bins)
-    return torch.stack(cuts)
+    return torch.stack(cuts) if cuts else dihedrals.new_empty(0)
 
 
 def wrap(phi: Tensor, cut: Tensor) -> Tensor:

@@ -60,11 +60,13 @@ def positions_array(name: str, value: Any) -> np.ndarray:
 def positions_tensor(name: str, value: Any) -> Any:
     """Positions as a tensor in nm; what cannot be one is returned as it is, for the caller to refuse.
 
-    A tensor stays the same object. A NumPy array keeps its floating-point type; everything else that
-    :func:`positions_array` takes becomes float64.
+    A tensor stays the same object. A NumPy array, also that of an ``mdtraj.Trajectory``, keeps its floating-point
+    type; everything else that :func:`positions_array` takes becomes float64.
     """
     if isinstance(value, Tensor):
         return value
+    if isinstance(getattr(value, "xyz", None), np.ndarray):  # an mdtraj.Trajectory
+        value = value.xyz
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":
         kind = value.dtype.type if value.dtype.itemsize <= 8 else np.float64
         return torch.from_numpy(np.array(value, dtype=kind, order="C"))

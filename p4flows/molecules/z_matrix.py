@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["check_atoms", "integers", "levels"]
+__all__ = ["bond_and_angle_atoms", "check_atoms", "integers", "levels"]
 
 
 def integers(name: str, value: np.ndarray | Tensor) -> Tensor:
@@ -60,3 +60,20 @@ def levels(z_matrix: Tensor, rigid_block: Tensor) -> list[list[int]]:
         left -= set(level)
         placed |= {rows[i][0] for i in level}
     return result
+
+
+def bond_and_angle_atoms(z_matrix: Tensor, triangle: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Pairs of atoms whose distances, and triples whose angles, are coordinates.
+
+    They are those of the rows, followed by the two bonds and the angle of a block of three atoms, the second of which
+    is in the middle, if there is one that internal coordinates describe.
+    """
+    bonds, angles = z_matrix[:, :2], z_matrix[:, :3]
+    if triangle is None:
+        return bonds, angles
+    if len(triangle) != 3:
+        raise ValueError(
+            "rigid_block: expected 3 atoms where a bond within it is constrained, since Cartesian coordinates cannot "
+            f"keep its length, got {triangle.tolist()}"
+        )
+    return torch.cat([bonds, triangle[:2][None], triangle[1:][None]]), torch.cat([angles, triangle[None]])

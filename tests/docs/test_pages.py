@@ -31,7 +31,7 @@ NEEDS = {  # what a page imports beside the core
     "contract": (),
 }
 MODULES = ("", "nflows", "bgflow", "normflows", "zuko", "lightning", "molecules", "testing")
-ELSEWHERE: set[str] = set()
+ELSEWHERE = {"molecule"}  # tested in tests/molecules
 
 
 def name_of(path):

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -8,16 +10,13 @@ def molecule():
 
 
 @pytest.fixture(scope="session")
-def frames(molecule, tmp_path_factory):
+def frames(molecule, tmp_path_factory, in_threads):
     """600 real frames at 600 K."""
     from p4flows.molecules import simulate
 
     cache = tmp_path_factory.mktemp("md")
-    return torch.from_numpy(
-        simulate(
-            molecule.system, 600, 600, 50, positions=molecule.positions, equilibration=500, cache=cache, progress=False
-        )
-    )
+    options = {"positions": molecule.positions, "equilibration": 500, "executor": in_threads}
+    return torch.from_numpy(simulate(molecule.system, 600, 600, 50, cache=cache, progress=False, **options))
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +24,10 @@ def energy(molecule):
     from p4flows.molecules import OpenMMEnergy
 
     return OpenMMEnergy(molecule.system, 600)
+
+
+@pytest.fixture(scope="session")
+def in_threads():
+    """An executor for simulations in this process, as to spawn others takes seconds."""
+    with ThreadPoolExecutor(2) as executor:
+        yield executor

@@ -46,7 +46,7 @@ def test_processes(tmp_path):
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
     assert len({stdout for stdout, _ in outputs}) == 1
     (folder,) = (tmp_path / "cache" / "md").iterdir()
-    assert {path.name for path in folder.iterdir()} == {"frames.npy", "lock"}
+    assert {path.name for path in folder.iterdir()} == {"about.json", "frames.npy", "lock"}
 
 
 @pytest.mark.parametrize("locks", [True, False])
@@ -75,7 +75,7 @@ def test_threads(molecule, tmp_path, monkeypatch, locks):
         assert np.array_equal(result, expected)
     assert len(runs) == (1 if locks else 3)
     (folder,) = (tmp_path / "together" / "md").iterdir()
-    assert {path.name for path in folder.iterdir()} == {"frames.npy", "lock"}
+    assert {path.name for path in folder.iterdir()} == {"about.json", "frames.npy", "lock"}
 
 
 def test_a_killed_simulation_leaves_no_lock(molecule, tmp_path):

@@ -1,0 +1,1 @@
+"""What is simulated, beside what OpenMM simulates by itself."""
