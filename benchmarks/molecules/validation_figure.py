@@ -16,7 +16,9 @@ _COLORS = {"OpenMM's script": "#404040", "simulate": "#2166ac", "replica exchang
 def draw(results: dict[str, Any], path: Path) -> Path:
     plt.switch_backend("agg")
     temperatures = sorted({row["temperature"] for row in results["rows"]})
-    figure, axes = plt.subplots(len(temperatures), 2, figsize=(9, 3 * len(temperatures)), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(
+        len(temperatures), 2, figsize=(9, 3 * len(temperatures)), sharex=True, layout="constrained"
+    )
     edges = np.linspace(-180, 180, results["bins"] + 1)
     middle, width = (edges[1:] + edges[:-1]) / 2, np.radians(edges[1] - edges[0])
     for line, temperature in zip(axes, temperatures, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ def temperatures_of(temperature: Any, exchange: Any) -> float | list[float]:
     result = [number("temperature", in_unit("temperature", t, unit.kelvin), 0, strict=True) for t in value]
     if not result:
         raise ValueError("temperature: expected at least one, got none")
-    if exchange is not None and (len(result) < 2 or any(a >= b for a, b in zip(result, result[1:], strict=False))):
+    if exchange is not None and (len(result) < 2 or any(a >= b for a, b in pairwise(result))):
         raise ValueError(f"temperature: expected several in ascending order for an exchange, got {result}")
     return result
 

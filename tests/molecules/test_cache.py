@@ -90,5 +90,7 @@ def test_the_command_line(filled, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="keys: expected some that cached_simulations lists"):
         main(["cache", "--clear", key])
     command = [sys.executable, "-m", "p4flows.molecules", "cache", "--folder", str(filled), "--clear"]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "removed 1 simulation, 0.0 MB\n"
+    assert (
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout == "removed 1 simulation, 0.0 MB\n"
+    )
     assert cached_simulations(filled) == []

@@ -81,7 +81,7 @@ def rotation(w):
 
 
 def test_log_determinant_is_the_volume_in_the_metric_of_masses(case):
-    """½ ln det(Jᵀ M J) of the map from z, translation and rotation to positions, by autograd; all of it, no constant."""
+    """½ ln det(Jᵀ M J) of the map from z, translation and rotation to positions, by autograd, constants included."""
     _, molecule, x, coordinates = case
     n = coordinates.n_coordinates
     masses = torch.from_numpy(molecule.masses)

@@ -136,9 +136,9 @@ def test_an_interrupted_simulation_keeps_the_trajectories_that_were_done(molecul
         return trajectory(settings, chain, count)
 
     monkeypatch.setattr(submission, "trajectory", fails_once)
-    with threads(1) as executor:
-        with pytest.raises(RuntimeError, match="molecular dynamics failed: OSError: no space left"):
-            simulate(molecule, 600, 9, cache=tmp_path / "part", executor=executor, **options)
+    failed = pytest.raises(RuntimeError, match="molecular dynamics failed: OSError: no space left")
+    with threads(1) as executor, failed:
+        simulate(molecule, 600, 9, cache=tmp_path / "part", executor=executor, **options)
     with threads(1) as executor:
         again = simulate(molecule, 600, 9, cache=tmp_path / "part", executor=executor, **options)
     assert np.array_equal(again, whole)

@@ -122,7 +122,9 @@ def test_linear_groups_are_placed_from_the_side():
 
 def test_molecules_on_a_line_are_refused():
     with pytest.raises(ValueError, match="expected a structure that has a bent angle, got all bonds on one line"):
-        Molecule.from_openmm(*hydrocarbon("HCCH", [(0, 1), (1, 2), (2, 3)], [(0, 0, z) for z in (0, 0.106, 0.226, 0.332)]))
+        Molecule.from_openmm(
+            *hydrocarbon("HCCH", [(0, 1), (1, 2), (2, 3)], [(0, 0, z) for z in (0, 0.106, 0.226, 0.332)])
+        )
 
 
 def test_a_reference_that_is_hopeless_is_told():
@@ -140,7 +142,7 @@ def test_ones_own_coordinates_are_taken_and_checked():
     assert np.array_equal(molecule.z_matrix, ours.z_matrix)
     with pytest.raises(ValueError, match="expected both or neither"):
         Molecule.from_openmm(*parts, z_matrix=ours.z_matrix)
-    with pytest.raises(ValueError, match="each atom 0 ... 21 once of data"):
+    with pytest.raises(ValueError, match=r"each atom 0 ... 21 once of data"):
         Molecule.from_openmm(*parts, z_matrix=ours.z_matrix[1:], rigid_block=ours.rigid_block)
     circular = ours.z_matrix.copy()
     circular[1] = (1, 0, 6, 8)
@@ -151,7 +153,7 @@ def test_ones_own_coordinates_are_taken_and_checked():
 def test_one_molecule_in_nanometers():
     ours = alanine_dipeptide()
     for factor in (10, 0.1):
-        with pytest.raises(ValueError, match="positions: expected nanometers, with bonds of 0.07 to 0.3 nm"):
+        with pytest.raises(ValueError, match=r"positions: expected nanometers, with bonds of 0.07 to 0.3 nm"):
             Molecule.from_openmm(ours.topology, ours.system, factor * ours.positions)
     assert Molecule.from_openmm(ours.topology, ours.system, 10 * ours.positions * unit.angstrom).n_atoms == 22
     folded = ours.positions.copy()
@@ -185,18 +187,18 @@ def test_what_does_not_fit_is_refused(change, message):
 
 def test_solvent_hydrogens_and_paths(tmp_path):
     water = Path(app.__file__).parent / "data" / "tip3p.pdb"
-    with pytest.raises(ValueError, match="expected one molecule, got .* parts .* Remove solvent"):
+    with pytest.raises(ValueError, match=r"expected one molecule, got .* parts .* Remove solvent"):
         Molecule.from_pdb(water, ("amber14/tip3p.xml",))
     bare = tmp_path / "bare.pdb"
     lines = (DATA / "chignolin.pdb").read_text().splitlines()
     bare.write_text("\n".join(line for line in lines if not line.startswith("ATOM") or line[76:78].strip() != "H"))
-    with pytest.raises(ValueError, match="could not make a system of it: .*hydrogen.*Modeller"):
+    with pytest.raises(ValueError, match=r"could not make a system of it: .*hydrogen.*Modeller"):
         Molecule.from_pdb(bare)
-    with pytest.raises(ValueError, match="expected a PDB file, got .*nowhere.pdb', which is no file"):
+    with pytest.raises(ValueError, match=r"expected a PDB file, got .*nowhere.pdb', which is no file"):
         Molecule.from_pdb(tmp_path / "nowhere.pdb")
-    with pytest.raises(ValueError, match="constraints: expected None, openmm.app.HBonds or AllBonds, got .HBonds."):
+    with pytest.raises(ValueError, match=r"constraints: expected None, openmm.app.HBonds or AllBonds, got .HBonds."):
         load("proline_dipeptide", constraints="HBonds")
-    with pytest.raises(ValueError, match="could not make a system of it: .*nonsense"):
+    with pytest.raises(ValueError, match=r"could not make a system of it: .*nonsense"):
         load("proline_dipeptide", nonsense=True)
 
 

@@ -1,7 +1,6 @@
 """Trajectories of other programs: DCD files, mdtraj, and what does not fit the molecule."""
 
 import struct
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
