@@ -30,6 +30,7 @@ __all__ = ["COMMITTED", "FILES", "add_arguments", "run", "table"]
 
 FILES = ("validation.json", "validation.png")
 COMMITTED = False
+FORCEFIELD = ("amber99sbildn.xml", "amber99_obc.xml")  # as in the script
 LADDER = [300.0, 378.0, 476.0, 600.0]
 STRIDE = 100
 BINS = 36
@@ -48,7 +49,7 @@ def run(args: Namespace) -> dict[str, Any]:
         ours = alanine_dipeptide()
         with open(path, "w") as file:
             app.PDBFile.writeFile(ours.topology, ours.positions * unit.nanometer, file)
-        molecule = Molecule.from_pdb(path)
+        molecule = Molecule.from_pdb(path, FORCEFIELD)
         reference = dict(zip((300, 600), _reference(path, args.frames, args.seed, molecule), strict=True))
     exchanged = simulate(molecule, LADDER, args.frames, STRIDE, args.seed, exchange=200)
     plain = simulate(molecule, [300, 600], args.frames, STRIDE, args.seed)

@@ -16,7 +16,8 @@ from p4flows import molecules
 
 ROOT = Path(__file__).parents[2]
 SMALLER = {
-    "FRAMES = 40_000": "FRAMES = 400",
+    "FRAMES = 40_000": "FRAMES = 160",
+    "exchange=200 * femtosecond": "exchange=200 * femtosecond, equilibration=500",
     "COUPLINGS, STEPS, BATCH = 6, 2_000, 512": "COUPLINGS, STEPS, BATCH = 2, 30, 64",
     "SAMPLES = 20_000": "SAMPLES = 500",
 }
