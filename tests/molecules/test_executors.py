@@ -1,6 +1,7 @@
 """Energies and simulations by any executor: the same numbers, and a lost process is an error or is repeated."""
 
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -38,10 +39,12 @@ def executor(request):
         yield client.get_executor()
 
 
+@contextlib.contextmanager
 def dask_client(**options):
     distributed = pytest.importorskip("distributed", reason="dask.distributed is not installed: '.[cluster]' brings it")
-    settings = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None, **options}
-    return distributed.Client(distributed.LocalCluster(**settings))
+    settings = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": ":0", **options}
+    with distributed.LocalCluster(**settings) as cluster, distributed.Client(cluster) as client:
+        yield client
 
 
 @pytest.mark.parametrize("cut", [0, 1, 7])

@@ -42,7 +42,7 @@ def test_every_block_runs(tmp_path, monkeypatch, capsys):
         exec(compile(code, "docs/molecule.md", "exec"), names)
     out = capsys.readouterr().out
     assert "26 atoms" in out
-    assert "72 coordinates, of which 22 are dihedrals" in out
+    assert "72 coordinates, of which 21 are dihedrals" in out
     assert "72 coordinates without, 58 with constraints" in out
     assert "True" in out
     assert np.isfinite(names["weights"].effective_sample_size)
