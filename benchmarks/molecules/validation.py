@@ -39,7 +39,7 @@ _STIFF = 15  # a dihedral whose circle is this many standard deviations long doe
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--frames", type=int, default=20_000, help="0.1 ps apart, at each temperature and for each way")
+    parser.add_argument("--frames", type=int, default=10_000, help="0.1 ps apart, at each temperature and for each way")
     parser.add_argument("--seed", type=int, default=0, help="of all simulations")
 
 
