@@ -48,7 +48,7 @@ COMMANDS = {
     ),
     "validation": (
         "molecules.validation",
-        "simulations of alanine dipeptide beside OpenMM's own script, and the virial theorem",
+        "simulations of alanine dipeptide beside OpenMM's own script, and equipartition",
     ),
     "readme": ("harness.readme", "copy the result tables into README.md and docs/"),
 }

@@ -11,7 +11,7 @@ from openmm.unit import femtosecond, kelvin, picosecond
 
 path, temperature, frames, stride, seed, output = sys.argv[1:]
 pdb = PDBFile(path)
-forcefield = ForceField("amber14-all.xml", "implicit/obc2.xml")
+forcefield = ForceField("amber99sbildn.xml", "amber99_obc.xml")
 system = forcefield.createSystem(pdb.topology, nonbondedMethod=NoCutoff)
 integrator = LangevinMiddleIntegrator(float(temperature) * kelvin, 1 / picosecond, 1 * femtosecond)
 integrator.setRandomNumberSeed(int(seed))

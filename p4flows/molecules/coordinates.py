@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from p4flows.molecules import geometry
 from p4flows.molecules.constraints import Constraints, fixed_bonds
 from p4flows.molecules.molecule import Molecule
-from p4flows.molecules.spread import check_spread, fit_block
+from p4flows.molecules.spread import check_spread, deviation, fit_block
 from p4flows.molecules.spread import widest_gap as _widest_gap
 from p4flows.molecules.spread import wrap as _wrap
 from p4flows.molecules.torsions import Torsions
@@ -112,7 +112,7 @@ class MixedCoordinates(nn.Module):
         cut = _widest_gap(dihedrals)
         raw = torch.cat([bonds[:, self.free_bonds], angles, _wrap(dihedrals, cut)], -1)
         check_spread(x, rigid_block, self._bonds[self.free_bonds], self._angles, z_matrix, raw, basis)
-        for name, value in (("cut", cut), ("mean", raw.mean(0)), ("std", raw.std(0))):
+        for name, value in (("cut", cut), ("mean", raw.mean(0)), ("std", deviation(raw))):
             self.register_buffer(name, value)
         self.to(data.device, data.dtype)
 

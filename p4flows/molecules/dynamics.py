@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,6 +18,8 @@ from p4flows.molecules.thermostat import Thermostat
 __all__ = ["chunks", "run", "trajectory"]
 
 _CHUNK = 250  # frames between checkpoints
+# All contexts of the Reference platform in a process draw from one generator of random numbers, which knows no threads.
+_turns = threading.Lock()
 
 
 def chunks(folder: Path, chain: int, count: int) -> list[Path]:
@@ -34,12 +39,26 @@ def run(connection: Connection, settings: dict, chain: int, count: int, folder: 
 
 
 def trajectory(settings: dict, chain: int, count: int) -> tuple[np.ndarray, dict]:
-    """The same frames in one go, without files: for processes on other machines. Frames (count, ...) and summary."""
-    simulation = _make(settings, chain)
-    simulation.start(settings["positions"], settings["equilibration"])
-    frames = np.stack([simulation.frame(settings["stride"]) for _ in range(count)])
-    _check(frames)
-    return frames, simulation.summary()
+    """The same frames in one go, without files: for processes on other machines. Frames (count, ...) and summary.
+
+    In one process, trajectories of the Reference platform take turns.
+    """
+    with contextlib.nullcontext() if settings.get("platform") == "CPU" else _turns:
+        simulation = _make(settings, chain)
+        simulation.start(settings["positions"], settings["equilibration"])
+        frames = np.stack([simulation.frame(settings["stride"]) for _ in range(count)])
+        _check(frames)
+        return frames, simulation.summary()
+
+
+def _renew_lock() -> None:
+    """In a forked child: a thread that the parent had, and the child does not, may hold it."""
+    global _turns
+    _turns = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _make(settings: dict, chain: int) -> _Single | Replicas:

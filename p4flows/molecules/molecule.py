@@ -64,7 +64,9 @@ class Molecule:
         Args:
             path: the PDB file. Its residues must be known to the force field, and bonds beyond those of standard
                 residues must be in its CONECT records.
-            forcefield: XML files of ``openmm.app.ForceField``, or one such object.
+            forcefield: XML files of ``openmm.app.ForceField``, or one such object. The files in ``implicit/`` are slow
+                on the Reference platform: pass ``platform="CPU"`` to :func:`simulate` and :class:`OpenMMEnergy`, or
+                take one of the ``_obc.xml`` files with a force field of the same year.
             constraints: None, ``openmm.app.HBonds``, or, for a molecule without rings, ``openmm.app.AllBonds``.
             z_matrix, rigid_block: as for :meth:`from_openmm`.
             options: further arguments of ``ForceField.createSystem``, such as ``hydrogenMass`` or

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from p4flows.molecules import geometry
 
-__all__ = ["check_spread", "fit_block", "widest_gap", "wrap"]
+__all__ = ["check_spread", "deviation", "fit_block", "widest_gap", "wrap"]
 
 # OpenMM keeps constraints to a relative 1e-5, and float32 positions have 1e-7 nm. Bonds at 10 K vary by 0.5 %.
 _SMALLEST_SPREAD = 1e-4
@@ -55,7 +55,7 @@ def check_spread(
         names += [f"the {kind} {'-'.join(map(str, row))}" for row in atoms.tolist()]
     names += [f"vibration {i} of the block" for i in range(basis.shape[1])]
     vibrations = torch.linalg.svdvals(basis)
-    std = torch.cat([lengths.std(0) if len(pairs) else vibrations, raw.std(0), vibrations])
+    std = torch.cat([deviation(lengths), deviation(raw), vibrations])
     # A length is compared with its mean, an angle with a radian, a vibration with the size of the block.
     radians = raw.new_ones(len(angles) + len(dihedrals))
     size = lengths.mean().expand(len(vibrations))
@@ -71,6 +71,11 @@ def check_spread(
             "Molecule, MixedCoordinates(molecule, data), which leave constrained bonds out, or create the system with "
             "constraints=None and rigidWater=False and a model without virtual sites, and simulate it again"
         )
+
+
+def deviation(values: Tensor) -> Tensor:
+    """The standard deviation of each column; of no column, none, where torch would warn."""
+    return values.std(0) if values.shape[1] else values.new_empty(0)
 
 
 def widest_gap(dihedrals: Tensor) -> Tensor:

@@ -26,11 +26,12 @@ def submit_trajectories(
         RuntimeError: for trouble in a trajectory, or with the process that it ran in, as soon as the executor tells.
     """
     paths = [place / f"chain-{i}-whole.npz" for i in range(len(counts))]
-    futures = {
-        executor.submit(trajectory, settings, i, counts[i]): i for i, path in enumerate(paths) if not path.exists()
-    }
+    futures = {}
     try:
         with bar:
+            for i, path in enumerate(paths):
+                if not path.exists():
+                    futures[executor.submit(trajectory, settings, i, counts[i])] = i
             bar.update(sum(counts) - sum(counts[i] for i in futures.values()))
             for future in as_completed(futures):
                 i = futures[future]

@@ -28,6 +28,6 @@ def energy(molecule):
 
 @pytest.fixture(scope="session")
 def in_threads():
-    """An executor for simulations in this process, as to spawn others takes seconds."""
+    """An executor for simulations in this process: starting others would take seconds."""
     with ThreadPoolExecutor(2) as executor:
         yield executor

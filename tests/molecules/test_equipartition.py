@@ -22,31 +22,21 @@ def block_error(values):
     return values.mean(0), blocks.std(0) / math.sqrt(BLOCKS)
 
 
-@pytest.mark.parametrize("temperature", [300, 600])
-def test_the_virial_of_each_degree_of_freedom_is_kT(molecule, tmp_path, in_threads, temperature):
-    """⟨x · ∇u⟩ = 3 n_atoms - 3, exactly, for positions relative to the centre of mass."""
-    options = {"equilibration": 2_000, "cache": tmp_path, "executor": in_threads, "progress": False}
-    x = torch.from_numpy(simulate(molecule, temperature, 4_000, 25, **options)).double()
-    masses = torch.from_numpy(molecule.masses)[:, None]
-    x = (x - (masses * x).sum(1, keepdim=True) / masses.sum()).requires_grad_()
-    (gradient,) = torch.autograd.grad(OpenMMEnergy(molecule, temperature)(x).sum(), x)
-    mean, error = block_error((x * gradient).sum((1, 2)).detach())
-    assert error < 0.4
-    assert mean.item() == pytest.approx(63, abs=4 * error.item())
+CASES = [(300, None), (600, None), (600, app.HBonds), (600, app.AllBonds)]
 
 
-@pytest.mark.parametrize("constraints", [None, app.HBonds, app.AllBonds], ids=["free", "HBonds", "AllBonds"])
-def test_every_coordinate_has_its_share(molecule, tmp_path, in_threads, constraints):
+@pytest.mark.parametrize(("temperature", "constraints"), CASES, ids=["300 K", "600 K", "HBonds", "AllBonds"])
+def test_every_coordinate_has_its_share(molecule, tmp_path, in_threads, temperature, constraints):
     """⟨z ∂(u - ln|∂x/∂z|)/∂z⟩ = 1 for each coordinate whose density vanishes at the ends of its range."""
     field = app.ForceField("amber99sbildn.xml", "amber96_obc.xml")
     system = field.createSystem(molecule.topology, constraints=constraints, removeCMMotion=False)
     molecule = Molecule.from_openmm(molecule.topology, system, molecule.positions)
     options = {"equilibration": 2_000, "cache": tmp_path, "executor": in_threads, "progress": False}
-    x = torch.from_numpy(simulate(molecule, 600, 4_000, 25, **options)).double()
+    x = torch.from_numpy(simulate(molecule, temperature, 4_000, 25, **options)).double()
     coordinates = MixedCoordinates(molecule, x)
     z = coordinates(x)[0].requires_grad_()
     y, logabsdet = coordinates.inverse(z)
-    (gradient,) = torch.autograd.grad((OpenMMEnergy(molecule, 600)(y) - logabsdet).sum(), z)
+    (gradient,) = torch.autograd.grad((OpenMMEnergy(molecule, temperature)(y) - logabsdet).sum(), z)
     mean, error = block_error((z * gradient).detach())
     # Proper dihedrals turn; their density is not zero at the cut.
     torsions = coordinates.torsions
@@ -55,6 +45,6 @@ def test_every_coordinate_has_its_share(molecule, tmp_path, in_threads, constrai
     vanishing[torsions.indices[~period]] = False
     assert vanishing.sum() > 0.6 * coordinates.n_coordinates
     deviation = ((mean - 1) / error)[vanishing]
-    assert error[vanishing].max() < 0.15
+    assert error[vanishing].max() < 0.2
     assert deviation.abs().max() < 5
     assert np.sqrt((deviation**2).mean()) < 1.5

@@ -1,6 +1,7 @@
 """Energies and simulations by any executor: the same numbers, and a lost process is an error or is repeated."""
 
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -38,10 +39,12 @@ def executor(request):
         yield client.get_executor()
 
 
+@contextlib.contextmanager
 def dask_client(**options):
     distributed = pytest.importorskip("distributed", reason="dask.distributed is not installed: '.[cluster]' brings it")
-    settings = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None, **options}
-    return distributed.Client(distributed.LocalCluster(**settings))
+    settings = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": ":0", **options}
+    with distributed.LocalCluster(**settings) as cluster, distributed.Client(cluster) as client:
+        yield client
 
 
 @pytest.mark.parametrize("cut", [0, 1, 7])
@@ -136,8 +139,8 @@ def test_an_interrupted_simulation_keeps_the_trajectories_that_were_done(molecul
         return trajectory(settings, chain, count)
 
     monkeypatch.setattr(submission, "trajectory", fails_once)
-    failed = "molecular dynamics failed: OSError: no space left"
-    with threads(1) as executor, pytest.raises(RuntimeError, match=failed):
+    failed = pytest.raises(RuntimeError, match="molecular dynamics failed: OSError: no space left")
+    with threads(1) as executor, failed:
         simulate(molecule, 600, 9, cache=tmp_path / "part", executor=executor, **options)
     with threads(1) as executor:
         again = simulate(molecule, 600, 9, cache=tmp_path / "part", executor=executor, **options)

@@ -16,7 +16,8 @@ from p4flows import molecules
 
 ROOT = Path(__file__).parents[2]
 SMALLER = {
-    "FRAMES = 40_000": "FRAMES = 400",
+    "FRAMES = 40_000": "FRAMES = 160",
+    "exchange=200 * femtosecond": "exchange=200 * femtosecond, equilibration=500",
     "COUPLINGS, STEPS, BATCH = 6, 2_000, 512": "COUPLINGS, STEPS, BATCH = 2, 30, 64",
     "SAMPLES = 20_000": "SAMPLES = 500",
 }
@@ -41,7 +42,7 @@ def test_every_block_runs(tmp_path, monkeypatch, capsys):
         exec(compile(code, "docs/molecule.md", "exec"), names)
     out = capsys.readouterr().out
     assert "26 atoms" in out
-    assert "72 coordinates, of which 22 are dihedrals" in out
+    assert "72 coordinates, of which 21 are dihedrals" in out
     assert "72 coordinates without, 58 with constraints" in out
     assert "True" in out
     assert np.isfinite(names["weights"].effective_sample_size)

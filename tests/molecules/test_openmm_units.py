@@ -128,7 +128,7 @@ def test_temperatures_and_times(molecule, settings, tmp_path):
         ({"temperature": -1 * unit.kelvin}, "temperature: expected a finite number > 0"),
         ({"temperature": math.nan * unit.kelvin}, "temperature: expected a finite number > 0"),
         ({"stride": 100 * unit.kelvin}, "stride: expected a quantity in femtosecond, got one in kelvin"),
-        ({"stride": 0.5 * unit.femtosecond}, "stride: expected a whole number of time steps of 1 fs, got 0.5 fs"),
+        ({"stride": 0.5 * unit.femtosecond}, "stride: expected a whole number of time steps of 1.0 fs, got 0.5 fs"),
         ({"stride": [1.0, 2.0] * unit.femtosecond}, "stride: expected a whole number of time steps"),
         ({"stride": 0 * unit.femtosecond}, "stride: expected an integer >= 1"),
         ({"equilibration": -1.0 * unit.picosecond}, "equilibration: expected an integer >= 0"),

@@ -121,7 +121,7 @@ def test_linear_groups_are_placed_from_the_side():
 
 
 def test_molecules_on_a_line_are_refused():
-    with pytest.raises(ValueError, match=r"expected a structure that has a bent angle, got all bonds on one line"):
+    with pytest.raises(ValueError, match="expected a structure that has a bent angle, got all bonds on one line"):
         Molecule.from_openmm(
             *hydrocarbon("HCCH", [(0, 1), (1, 2), (2, 3)], [(0, 0, z) for z in (0, 0.106, 0.226, 0.332)])
         )
