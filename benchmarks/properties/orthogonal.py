@@ -35,15 +35,15 @@ def _geotorch(n: int) -> nn.Module:
     return layer
 
 
-def _p4(rank: Callable[[int], int] | int | None, n: int) -> nn.Module:
-    return P4Orthogonal(n, rank(n) if callable(rank) else rank, bias=False, seed=1)
+def _p4(rank: int | None, n: int) -> nn.Module:
+    return P4Orthogonal(n, None if rank is None else min(rank, n), bias=False, seed=1)
 
 
 METHODS: dict[str, Callable[[int], nn.Module]] = {
     "P4Orthogonal, rank 1": partial(_p4, 1),
     "P4Orthogonal, rank 8": partial(_p4, 8),
     "P4Orthogonal": partial(_p4, None),
-    "reflections, rank 8": lambda n: Reflections(n, 8, seed=1),
+    "reflections, rank 8": lambda n: Reflections(n, min(8, n), seed=1),
     "torch, matrix_exp": partial(_parametrized, "matrix_exp"),
     "torch, cayley": partial(_parametrized, "cayley"),
     "torch, householder": partial(_parametrized, "householder"),
