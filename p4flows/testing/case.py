@@ -57,7 +57,10 @@ class Case:
     def new(self, seed: int = 0) -> P4Layer:
         """A new layer, made after ``torch.manual_seed(seed)``."""
         torch.manual_seed(seed)
-        layer = self.constructor()
+        try:
+            layer = self.constructor()
+        except TypeError as error:
+            raise ValueError(f"constructor: expected one that takes no arguments; it says: {error}") from error
         if not isinstance(layer, P4Layer):
             raise ValueError(f"constructor: expected one that returns a P4Layer, got {type(layer).__name__}")
         return layer

@@ -62,8 +62,7 @@ def check_perturbation(
     """
     if not callable(constructor):
         raise ValueError(f"constructor: expected a function that makes a P4Layer, got {constructor!r}")
-    names = [choice("only", name, CHECKS) for name in ([*CHECKS] if only is None else only)]
-    left_out = {choice("skip", name, CHECKS) for name in skip}
+    names, left_out = _names("only", CHECKS if only is None else only), _names("skip", skip)
     with torch.random.fork_rng():
         case = Case(constructor, example, integer("steps", steps, 1), number("scale", scale, 0, strict=True), tolerance)
         for name in names:
@@ -72,3 +71,13 @@ def check_perturbation(
                     CHECKS[name](case)
                 except AssertionError as error:
                     raise AssertionError(f"{name}: {error}") from error
+
+
+def _names(argument: str, given: Iterable[str]) -> list[str]:
+    try:
+        names = list(given) if not isinstance(given, str) else None
+    except TypeError:
+        names = None
+    if names is None:
+        raise ValueError(f"{argument}: expected names of checks, got {given!r}")
+    return [choice(argument, name, CHECKS) for name in names]
