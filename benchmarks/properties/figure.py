@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.harness.colors import color, new_figure, save
@@ -59,6 +60,7 @@ def _orthogonal(results: dict[str, Any]) -> Figure:
     cost.set(
         xlabel="width n", ylabel="training step (ms)", title="cost of a step, batch 64", xscale="log", yscale="log"
     )
+    _plain_ticks(cost, [row["n"] for row in rows])
     for row, line in zip(results["drift"], ("-", "--", ":"), strict=False):
         style = {"color": color("P4Orthogonal"), "linestyle": line, "label": f"n = {row['n']}"}
         # What is exactly zero, as at the start, has no place on a logarithmic axis.
@@ -99,9 +101,17 @@ def _ranks(results: dict[str, Any]) -> Figure:
         chosen = [(row["method"].removeprefix(prefix), row) for row in rows if row["method"].startswith(prefix)]
         points = [(int(rank), row["training_loss"][-1]) for rank, row in chosen if rank.isdigit()]
         ends.plot(*zip(*points, strict=True), marker="o", color=color(f"{prefix}16"), label=label)
+    ranks = [int(row["method"].removeprefix("rank ")) for row in rows if row["method"].removeprefix("rank ").isdigit()]
+    _plain_ticks(ends, ranks)
     standard = next(row for row in rows if row["method"] == "standard")["training_loss"][-1]
     ends.axhline(standard, color=color("standard"), linestyle=":", label="standard layers")
     ends.set(xlabel="rank k", ylabel="training loss at the end (nats)", xscale="log", title="which rank is enough")
     ends.legend()
     figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
+
+
+def _plain_ticks(ax: Axes, values: list[int]) -> None:
+    """These numbers, written out, at a logarithmic axis."""
+    ax.set_xticks(values, list(map(str, values)))
+    ax.minorticks_off()

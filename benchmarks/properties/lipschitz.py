@@ -136,8 +136,10 @@ def train(
     generator = torch.Generator().manual_seed(1)
     test = DISTRIBUTIONS[data].sample(_TEST, torch.Generator().manual_seed(2))
     curve: dict[str, Any] = {"step": [], "nll": [], "effective": [], "frozen": []}
+    every_point = max(10, steps // points // 10 * 10)
     for step in range(steps + 1):
-        if step % max(1, steps // points) == 0 or step == steps:
+        # Just before a merge, where a perturbation is oldest; and at the end just after one.
+        if step in (0, steps) or (step + 1) % every_point == 0:
             if scheduler is not None and step == steps:
                 scheduler.merge()
             flow.eval()

@@ -35,8 +35,8 @@ def _geotorch(n: int) -> nn.Module:
     return layer
 
 
-def _p4(rank: Callable[[int], int] | int | None, n: int) -> nn.Module:
-    return P4Orthogonal(n, rank(n) if callable(rank) else rank, bias=False, seed=1)
+def _p4(rank: int | None, n: int) -> nn.Module:
+    return P4Orthogonal(n, None if rank is None else min(rank, n), bias=False, seed=1)
 
 
 METHODS: dict[str, Callable[[int], nn.Module]] = {

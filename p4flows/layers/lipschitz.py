@@ -16,7 +16,7 @@ from p4flows.perturbation import Correction, MergeOutcome
 from p4flows.tracking.algebra import largest
 from p4flows.tracking.matrix import moved
 from p4flows.tracking.noise import normal
-from p4flows.tracking.spectral import certified_norm
+from p4flows.tracking.spectral import certified_norm, clipped
 
 __all__ = ["P4Lipschitz"]
 
@@ -26,8 +26,9 @@ class P4Lipschitz(Affine):
 
     So the layer is Lipschitz continuous with this constant, as the blocks of an invertible residual network have to be.
     It is trained through the perturbation ``U Vᵀ`` of rank k, as :class:`p4flows.P4Linear`. At a merge
-    ``A + U Vᵀ`` becomes the new A if an upper bound of its norm is at most ``bound``, and otherwise is scaled down to
-    it, which the outcome PARTIAL tells. The upper bound is proved, rounding included:
+    ``A + U Vᵀ`` becomes the new A if an upper bound of its norm is at most ``bound``. Otherwise the perturbation is
+    scaled back: those of its singular values that are above ``bound``, at most k of them, become ``bound``, which gives
+    the nearest matrix in the set. The outcome PARTIAL tells of it. The upper bound is proved, rounding included:
 
     .. math:: \|A + U V^T\|_2 \le \|A\|_2 + \|U V^T\|_F
 
@@ -47,7 +48,7 @@ class P4Lipschitz(Affine):
         seed: V is a function of the seed and of the number of merges; give layers of one model different seeds.
         device, dtype: of all floating-point tensors but ``norm_bound``.
 
-    A and b start like those of ``nn.Linear``, from torch's own generator; A is scaled down where that is needed.
+    A and b start like those of ``nn.Linear``, from torch's own generator; singular values of A are clipped.
 
     Attributes: parameters U (m, k), V (n, k) and bias (m,) or None; buffers A (m, n) and A_float as in
     :class:`p4flows.P4Linear`; norm_bound (), float64, a proved upper bound of the norm of A; direction (n,), where
@@ -101,7 +102,7 @@ class P4Lipschitz(Affine):
 
     @torch.no_grad()
     def merge(self, force: bool = False) -> Tensor:
-        """Merge ``U Vᵀ`` into A, in place, and scale A down to ``bound`` where its norm would be above (PARTIAL).
+        """Merge ``U Vᵀ`` into A, in place, and clip singular values that would be above ``bound`` (PARTIAL).
 
         Skipped where A would not be finite; where U or V is not finite the perturbation is reset instead. ``force``
         changes nothing. Waits for the device. Returns the :class:`p4flows.MergeOutcome`, an int64 tensor ().
@@ -124,13 +125,12 @@ class P4Lipschitz(Affine):
         return self._store(new, magnitude, float(self.norm_bound) + size)
 
     def _store(self, new: Tensor, magnitude: float, known: float = math.inf) -> MergeOutcome:
-        """Make ``new`` the matrix A, scaled down if need be.
+        """Make ``new`` the matrix A, or the nearest one in the set.
 
         ``known`` bounds its norm but for rounding, and ``magnitude`` the Frobenius norm of what was added up for it.
         """
         # Adding a product of rank k, and rounding the sum twice, errs by less than this in the Frobenius norm.
-        unit = (self.rank + 4) * torch.finfo(self.A.dtype).eps
-        rounding = unit * magnitude
+        rounding = self._rounding(self.rank + 4, magnitude)
         if known + rounding <= self.bound:
             self.set_frozen(new)
             self.norm_bound.fill_(known + rounding)
@@ -140,10 +140,17 @@ class P4Lipschitz(Affine):
             self.set_frozen(new)
             self.norm_bound.fill_(t)
             return MergeOutcome.MERGED
-        # A little less, so that the same can be proved of the result.
-        self.set_frozen(new * (self.bound / (t * (1 + 1e-6) + 2 * rounding)))
+        new = clipped(new, self.bound)
+        t = certified_norm(new, self.direction, self.bound * (1 + 1e-6))
+        # A little less than the bound, for rounding, and so that the same can be proved of the result again.
+        rounding = self._rounding(2, float(torch.linalg.matrix_norm(new)))
+        self.set_frozen(new * (self.bound / (t * (1 + 1e-6) + rounding)))
         self.norm_bound.fill_(self.bound)
         return MergeOutcome.PARTIAL
+
+    def _rounding(self, times: int, magnitude: float) -> float:
+        limits = torch.finfo(self.A.dtype)
+        return times * (limits.eps * magnitude + self.A.numel() ** 0.5 * limits.smallest_normal * limits.eps)
 
     @torch.no_grad()
     def effective_bound(self) -> Tensor:
@@ -166,7 +173,7 @@ class P4Lipschitz(Affine):
 
     @torch.no_grad()
     def correct(self) -> Tensor:
-        """Prove the norm of A anew, and scale A down to ``bound`` where it is above, for an A that came from elsewhere.
+        """Prove the norm of A anew, and clip singular values above ``bound``, for an A that came from elsewhere.
 
         O(m n min(m, n)); waits for the device. Returns the :class:`p4flows.Correction`, an int64 tensor ().
         """

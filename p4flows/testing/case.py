@@ -14,9 +14,15 @@ from p4flows.checks import items, number
 from p4flows.perturbation import MergeOutcome, P4Layer
 from p4flows.training.scheduler import MergeScheduler
 
-__all__ = ["Case", "Outputs", "keeps_function"]
+__all__ = ["Case", "Outputs", "keeps_function", "require"]
 
 Outputs = list[Tensor]
+
+
+def require(condition: Any, message: str) -> None:
+    """AssertionError with the message unless the condition is true, also where Python leaves assertions out (-O)."""
+    if not condition:
+        raise AssertionError(message)
 
 
 def keeps_function(outcome: Tensor) -> bool:
@@ -51,7 +57,10 @@ class Case:
     def new(self, seed: int = 0) -> P4Layer:
         """A new layer, made after ``torch.manual_seed(seed)``."""
         torch.manual_seed(seed)
-        layer = self.constructor()
+        try:
+            layer = self.constructor()
+        except TypeError as error:
+            raise ValueError(f"constructor: expected one that takes no arguments; it says: {error}") from error
         if not isinstance(layer, P4Layer):
             raise ValueError(f"constructor: expected one that returns a P4Layer, got {type(layer).__name__}")
         return layer
@@ -121,23 +130,23 @@ class Case:
         for left, right in zip(a, b, strict=True):
             difference = (left - right).abs().max()
             allowed = tolerance * (1 + left.abs().max())
-            assert difference <= allowed, (
-                f"{what}: expected a difference of at most {allowed:.2g}, got {difference:.2g}"
+            require(
+                difference <= allowed, f"{what}: expected a difference of at most {allowed:.2g}, got {difference:.2g}"
             )
 
     def assert_equal_states(self, a: P4Layer, b: P4Layer, what: str) -> None:
         left, right = a.state_dict(), b.state_dict()
-        assert left.keys() == right.keys(), f"{what}: expected the entries {set(left)}, got {set(right)}"
+        require(left.keys() == right.keys(), f"{what}: expected the entries {set(left)}, got {set(right)}")
         for name, value in left.items():
             same = torch.equal(torch.nan_to_num(value), torch.nan_to_num(right[name]))
-            assert same, f"{what}: expected equal states, but {name!r} differs"
+            require(same, f"{what}: expected equal states, but {name!r} differs")
 
     def assert_holds(self, layer: P4Layer, when: str, tolerance: float | None = None) -> None:
         """The property, and that no buffer is infinite or NaN."""
         tolerance = self.tolerance if tolerance is None else tolerance
         for name, buffer in layer.named_buffers():
-            assert buffer.isfinite().all(), f"{when}: the buffer {name!r} is not finite"
+            require(buffer.isfinite().all(), f"{when}: the buffer {name!r} is not finite")
         violation = float(layer.violation())
-        assert 0 <= violation <= tolerance, (
-            f"{when}: expected a violation of at most {tolerance:.2g}, got {violation:.2g}"
+        require(
+            0 <= violation <= tolerance, f"{when}: expected a violation of at most {tolerance:.2g}, got {violation:.2g}"
         )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from p4flows.perturbation import MergeOutcome
-from p4flows.testing.case import Case, keeps_function
+from p4flows.testing.case import Case, keeps_function, require
 
 __all__ = [
     "compiling",
@@ -38,20 +38,20 @@ def declarations(case: Case) -> None:
     """B is made of parameters of the layer, of which ``zeroed`` and ``redrawn`` are two separate parts."""
     layer = case.new()
     B = layer.perturbation
-    assert isinstance(B, tuple), f"perturbation: expected a tuple of parameters, got {B!r}"
-    assert all(isinstance(p, nn.Parameter) for p in B), "perturbation: expected instances of nn.Parameter"
+    require(isinstance(B, tuple), f"perturbation: expected a tuple of parameters, got {B!r}")
+    require(all(isinstance(p, nn.Parameter) for p in B), "perturbation: expected instances of nn.Parameter")
     own = {id(p) for p in layer.parameters()}
     parts = [{id(p) for p in each} for each in (B, layer.zeroed, layer.redrawn)]
-    assert parts[0] <= own, "perturbation: expected parameters of the layer"
-    assert parts[1] | parts[2] <= parts[0], "zeroed, redrawn: expected parameters of the perturbation"
-    assert not parts[1] & parts[2], "zeroed, redrawn: expected different parameters"
-    assert any(p.requires_grad for p in B), "perturbation: expected a parameter that requires gradients"
-    assert layer.merge_every in range(1, 2**31), f"merge_every: expected an integer >= 1, got {layer.merge_every!r}"
+    require(parts[0] <= own, "perturbation: expected parameters of the layer")
+    require(parts[1] | parts[2] <= parts[0], "zeroed, redrawn: expected parameters of the perturbation")
+    require(not parts[1] & parts[2], "zeroed, redrawn: expected different parameters")
+    require(any(p.requires_grad for p in B), "perturbation: expected a parameter that requires gradients")
+    require(layer.merge_every in range(1, 2**31), f"merge_every: expected an integer >= 1, got {layer.merge_every!r}")
     penalty = layer.penalty()
-    assert penalty.shape == (), f"penalty: expected a scalar, got shape {tuple(penalty.shape)}"
-    assert penalty.isfinite(), f"penalty: expected a finite one, got {penalty!r}"
+    require(penalty.shape == (), f"penalty: expected a scalar, got shape {tuple(penalty.shape)}")
+    require(penalty.isfinite(), f"penalty: expected a finite one, got {penalty!r}")
     for name, outcome in (("merge", layer.merge()), ("correct", layer.correct())):
-        assert outcome.dtype == torch.int64, f"{name}: expected outcomes in int64, got {outcome.dtype}"
+        require(outcome.dtype == torch.int64, f"{name}: expected outcomes in int64, got {outcome.dtype}")
 
 
 def identity(case: Case) -> None:
@@ -61,7 +61,7 @@ def identity(case: Case) -> None:
         case.assert_holds(layer, "at B0")
         for name, do in (("reset", layer.reset), ("merge", layer.merge), ("correct", layer.correct)):
             do()
-            assert all((p == 0).all() for p in layer.zeroed), f"{name}: expected zeroed parameters to be zero"
+            require(all((p == 0).all() for p in layer.zeroed), f"{name}: expected zeroed parameters to be zero")
             case.assert_close(before, case.outputs(layer), f"{name} at B0 changes the function")
 
 
@@ -76,13 +76,15 @@ def merging(case: Case) -> None:
     case.assert_close(frozen, case.outputs(other), "reset does not go back to the function of the frozen parameters")
     outcome = case.merge(layer)
     skipped = bool(MergeOutcome.is_skip(outcome).all())
-    assert not skipped, f"merge: expected a perturbation of size {case.scale:g} to be merged, got {outcome!r}"
+    require(not skipped, f"merge: expected a perturbation of size {case.scale:g} to be merged, got {outcome!r}")
     after = case.outputs(layer)
+    acts = any(not torch.equal(a, b) for a, b in zip(frozen, before, strict=True))
+    require(acts or layer.deferred, "a perturbation does not change the function")
     if layer.deferred:
         case.assert_close(frozen, before, "a deferred perturbation changes the function before the merge")
     elif keeps_function(outcome):
         case.assert_close(before, after, "merging changes the function")
-        assert all((p == 0).all() for p in layer.zeroed), "merge: expected zeroed parameters to be zero"
+        require(all((p == 0).all() for p in layer.zeroed), "merge: expected zeroed parameters to be zero")
     layer.reset()
     case.assert_close(after, case.outputs(layer), "a merge does not end at B0")
     case.assert_holds(layer, "after a merge")
@@ -100,10 +102,10 @@ def not_finite(case: Case) -> None:
             p.detach().view(-1)[0] = number
             outcome = case.merge(layer, force=True)
             refused = MergeOutcome.is_skip(outcome) | (outcome == MergeOutcome.RESET)
-            assert refused.any(), f"merge: expected {number} in the perturbation to be refused, got {outcome!r}"
+            require(refused.any(), f"merge: expected {number} in the perturbation to be refused, got {outcome!r}")
             case.assert_holds(layer, f"after a merge of {number}")
             layer.reset()
-            assert all(each.isfinite().all() for each in layer.perturbation), f"reset: {number} stays"
+            require(all(each.isfinite().all() for each in layer.perturbation), f"reset: {number} stays")
             case.assert_close(
                 frozen, case.outputs(layer), f"{number} in a perturbation gets into the frozen parameters"
             )
@@ -113,20 +115,20 @@ def gradients(case: Case) -> None:
     """At B₀ the gradient of a loss reaches the perturbation, and is finite."""
     layer = case.changed(case.new())
     outputs = [out for out in case.call(layer) if out.requires_grad]
-    assert outputs, "forward: expected an output that requires gradients"
+    require(outputs, "forward: expected an output that requires gradients")
     noise = [torch.randn(out.shape, dtype=torch.float64, generator=case.generator(4)).to(out) for out in outputs]
     trained = [p for p in layer.perturbation if p.requires_grad]
     possible = torch.autograd.grad(outputs, trained, noise, allow_unused=True)
     found = [gradient for gradient in possible if gradient is not None]
-    assert all(gradient.isfinite().all() for gradient in found), "gradient: expected a finite one"
-    assert any(gradient.abs().max() > 0 for gradient in found), "gradient: expected one that is not zero at B0"
+    require(all(gradient.isfinite().all() for gradient in found), "gradient: expected a finite one")
+    require(any(gradient.abs().max() > 0 for gradient in found), "gradient: expected one that is not zero at B0")
 
 
 def training(case: Case) -> None:
     """A layer that a MergeScheduler merges learns the function of another one, and keeps its property."""
     layer = case.new()
     losses, _ = case.train(layer, 100)
-    assert losses[-1] < 0.9 * losses[0], f"training: expected a loss below {losses[0]:.3g}, got {losses[-1]:.3g}"
+    require(losses[-1] < 0.9 * losses[0], f"training: expected a loss below {losses[0]:.3g}, got {losses[-1]:.3g}")
     case.assert_holds(layer, "after training")
 
 
@@ -164,7 +166,7 @@ def draws(case: Case) -> None:
         case.changed(other)
     case.assert_equal_states(others[0], others[1], "draws that depend on torch's own generator")
     for old, new in zip(layer.redrawn, others[0].redrawn, strict=True):
-        assert not torch.equal(old, new), "redrawn: expected other values after a merge"
+        require(not torch.equal(old, new), "redrawn: expected other values after a merge")
 
 
 def groups(case: Case) -> None:
@@ -177,7 +179,7 @@ def groups(case: Case) -> None:
         kind = type(together[0])
         outcomes = MergeOutcome.without_reason(kind.merge_all(kind.group(together)))
         expected = torch.stack([layer.merge() for layer in alone])
-        assert torch.equal(outcomes, expected), f"merge_all: expected {expected!r}, got {outcomes!r}"
+        require(torch.equal(outcomes, expected), f"merge_all: expected {expected!r}, got {outcomes!r}")
         for one, other in zip(alone, together, strict=True):
             case.assert_close(case.outputs(one), case.outputs(other), "merge_all differs from merge")
 
@@ -207,7 +209,7 @@ def half_precision(case: Case) -> None:
     """In bfloat16 the layer runs and merges."""
     layer = case.changed(case.new()).to(_HALF)
     case.perturb(layer, case.generator(8))
-    assert all(out.isfinite().all() for out in case.outputs(layer)), "half precision: expected finite outputs"
+    require(all(out.isfinite().all() for out in case.outputs(layer)), "half precision: expected finite outputs")
     case.merge(layer)
     case.assert_holds(layer, "after a merge in half precision", torch.finfo(_HALF).eps ** 0.5)
 

@@ -14,9 +14,9 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["certified_norm"]
+__all__ = ["certified_norm", "clipped"]
 
-_ITERATIONS = 10
+_ITERATIONS = 30
 _STEPS = [1e-3 * 4.0**i for i in range(8)]  # how far above the lower bound to look
 _EPS = torch.finfo(torch.float64).eps
 
@@ -53,6 +53,20 @@ def certified_norm(M: Tensor, x: Tensor, wanted: float = math.inf) -> float:
         if int(torch.linalg.cholesky_ex(rest).info) == 0:
             return math.ldexp(wanted if square == wanted**2 else math.sqrt(square), exponent)
     return math.ldexp(math.sqrt(total) * (1 + (len(M) + len(G)) * _EPS), exponent)  # the Frobenius norm
+
+
+@torch.no_grad()
+def clipped(M: Tensor, bound: float) -> Tensor:
+    """M (m, n) with the bound in place of all singular values above it: the nearest matrix of spectral norm ``bound``.
+
+    In float64, up to rounding, by the eigenvectors of the smaller Gram matrix. O(m n min(m, n)).
+    """
+    if M.shape[0] < M.shape[1]:
+        return clipped(M.mT, bound).mT
+    M = M.double()
+    values, vectors = torch.linalg.eigh(M.mT @ M)
+    shrinkage = (1 - bound / values.clamp(min=bound**2).sqrt()).clamp(min=0)
+    return M - (M @ vectors * shrinkage) @ vectors.mT
 
 
 def _scaled(M: Tensor) -> tuple[Tensor, int]:

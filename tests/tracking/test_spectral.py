@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from p4flows.tracking.spectral import certified_norm
+from p4flows.tracking.spectral import certified_norm, clipped
 
 
 def spectrum(values, m, n, seed=0):
@@ -66,3 +66,11 @@ def test_the_start_moves_to_the_singular_vector():
     x = torch.ones(20, dtype=torch.float64)
     certified_norm(M, x)
     torch.testing.assert_close(torch.linalg.vector_norm(M @ x).item(), 3.0, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20), (1, 4)])
+def test_clipping_gives_the_nearest_matrix(shape):
+    M = spectrum([3.0, 1.5, 1.0, 0.5, *[0.1] * 30], *shape)
+    P, values, Qh = torch.linalg.svd(M, full_matrices=False)
+    torch.testing.assert_close(clipped(M, 1.2), P * values.clamp(max=1.2) @ Qh)
+    torch.testing.assert_close(clipped(M, 3.5), M, atol=1e-15, rtol=0)

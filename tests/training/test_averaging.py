@@ -20,6 +20,11 @@ OPTIONS = {
 }
 
 
+class Doubled(InvertibleLinear):
+    def forward(self, x):
+        return super().forward(x.double())
+
+
 def trained(layer, steps):
     optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=1e-2)
     scheduler = MergeScheduler(layer, optimizer, every=2)
@@ -37,10 +42,11 @@ def trained(layer, steps):
     ("make", "weight"),
     [
         (lambda: InvertibleLinear(N, init="orthogonal", rank=1), lambda layer: layer.weight),
+        (lambda: Doubled(N, init="orthogonal", rank=1, dtype=torch.float64), lambda layer: layer.weight),
         (lambda: P4Inv(N, rank=2), lambda layer: layer.matrix),
         (lambda: P4Linear(N, 3, rank=2), lambda layer: layer.matrix),
     ],
-    ids=["InvertibleLinear", "P4Inv", "P4Linear"],
+    ids=["InvertibleLinear", "InvertibleLinear-float64", "P4Inv", "P4Linear"],
 )
 def test_averages_are_those_of_what_was_learned(make, weight, options):
     layer = make()
@@ -49,7 +55,7 @@ def test_averages_are_those_of_what_was_learned(make, weight, options):
     for i in range(8):
         trained(layer, 5)
         averaged.update_parameters(nn.Sequential(layer))
-        current = weight(layer).detach().double()
+        current = weight(layer).detach().double().clone()
         mean = current if mean is None else mean + (0.2 if options else 1 / (i + 1)) * (current - mean)
     result = averaged.module[0]
     torch.testing.assert_close(result.matrix.double(), mean, rtol=1e-5, atol=1e-6)
