@@ -38,6 +38,7 @@ COMMANDS = {
         "mixing.swaps",
         "where learned mixing pays: real data, permutations, LU, dense and our layers by the number of couplings",
     ),
+    "splines": ("mixing.splines", "the same mixes between couplings of rational-quadratic splines"),
     "perturbation": (
         "mixing.perturbation",
         "rank and learning rate of a perturbation by the width",

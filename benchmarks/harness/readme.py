@@ -37,6 +37,7 @@ TABLES = {
     "drift": "numerics.drift",
     "swaps": "mixing.swaps",
     "swaps summary": "mixing.swaps",
+    "splines": "mixing.splines",
     "perturbation": "mixing.perturbation",
     "properties": "properties.properties",
 }

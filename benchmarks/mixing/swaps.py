@@ -23,7 +23,20 @@ from benchmarks.mixing.swaps_figure import draw
 from benchmarks.mixing.swaps_table import summary, table
 from benchmarks.mixing.training import begin, train_all
 
-__all__ = ["FILES", "KEPT", "PICTURE", "PROBLEMS", "Problem", "add_arguments", "claims", "run", "summary", "table"]
+__all__ = [
+    "FILES",
+    "KEPT",
+    "PICTURE",
+    "PROBLEMS",
+    "Problem",
+    "add_arguments",
+    "add_shared_arguments",
+    "claims",
+    "measure",
+    "run",
+    "summary",
+    "table",
+]
 
 FILES = ("swaps.json", "swaps.png")
 PICTURE = draw
@@ -36,9 +49,9 @@ _ROUNDS = 60
 
 @dataclass(frozen=True)
 class Problem:
-    """Data and training; ``couplings`` says for how many of them, and with how many seeds.
+    """Training on some data; ``couplings`` says for how many of them, and with how many seeds.
 
-    With ``splines`` they are couplings of rational-quadratic splines, as in the `nsf` of sbi, and not those of RealNVP.
+    With ``splines`` they are couplings of rational-quadratic splines, and not those of RealNVP.
 
     Learning rates are chosen with up to ``searched`` couplings; deeper flows take those of ``searched``. With more than
     ``nets_searched`` the networks beside a learned mix keep 0.001. Up to ``timed`` are compared at equal time too.
@@ -52,7 +65,6 @@ class Problem:
     batch: int = 128
     hidden: int = 32
     splines: bool = False
-    data: str | None = None  # the problem's name, if None
 
 
 # What :func:`benchmarks.mixing.mixes.put_between` makes of a name.
@@ -75,54 +87,38 @@ PROBLEMS = {
     "alanine-dipeptide": Problem(
         {2: 2, 8: 1, 16: 1, 50: 1}, nets_searched=2, timed=8, steps=1_000, batch=256, hidden=60
     ),
-    "digits, splines": Problem({4: 2}, nets_searched=0, splines=True, data="digits"),
-    "breast-cancer, splines": Problem({4: 2}, nets_searched=0, splines=True, data="breast-cancer"),
 }
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="20 steps and one seed, to see that everything runs")
-    parser.add_argument(
-        "--data", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), metavar="NAME", help="problems"
-    )
+    add_shared_arguments(parser, PROBLEMS)
     parser.add_argument("--most-couplings", type=int, default=50, help="leave deeper flows out")
     parser.add_argument("--frames", type=int, default=60_000, help="MD frames of the molecule, 0.1 ps apart")
     parser.add_argument("--equal-time", action=BooleanOptionalAction, default=True, help="compare at equal time too")
+
+
+def add_shared_arguments(parser: ArgumentParser, problems: dict[str, Problem]) -> None:
+    """The options of every comparison of mixes."""
+    parser.add_argument("--quick", action="store_true", help="20 steps and one seed, to see that everything runs")
+    parser.add_argument(
+        "--data", nargs="+", choices=list(problems), default=list(problems), metavar="NAME", help="problems"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="flows trained at a time, on one thread each")
 
 
 @one_thread()
 def run(args: Namespace) -> dict[str, Any]:
     frames = 1_500 if args.quick else args.frames
-    rows: list[dict[str, Any]] = []
+    problems = {
+        name: replace(problem, couplings={n: k for n, k in problem.couplings.items() if n <= args.most_couplings})
+        for name, problem in PROBLEMS.items()
+        if name in args.data
+    }
     relative: dict[tuple[str, int], dict[str, float]] = {}
     with pool_of(args.jobs) as pool:
-        for name in args.data:
-            problem = PROBLEMS[name]
-            if args.quick:
-                problem = replace(problem, couplings={2: 1}, steps=20)
-            couplings = [n for n in problem.couplings if n <= args.most_couplings]
-            rates: dict[int, dict[str, Any]] = {}
-            for n in couplings:
-                base = {"data": problem.data or name, "couplings": n, "frames": frames}
-                base |= {key: getattr(problem, key) for key in ("steps", "batch", "hidden")}
-                base |= {"splines": True} if problem.splines else {}
-                if n <= problem.searched:
-                    rates[n] = _choose_rates(pool, args.kept, base, n <= problem.nets_searched)
-                chosen = rates[max(c for c in rates if c <= problem.searched)]
-                settings = [
-                    {**base, **MIXES[mix], "seed": seed, **chosen[mix]["rates"]}
-                    for mix in MIXES
-                    for seed in range(problem.couplings[n])
-                ]
-                mixes = [mix for mix in MIXES for _ in range(problem.couplings[n])]
-                measured = train_all(pool, args.kept, settings, f"{name}, {n} couplings, all seeds")
-                for mix, setting, result in zip(mixes, settings, measured, strict=True):
-                    rows.append({**setting, "data": name, "mix": mix, **result})
-                    if setting["seed"] == 0 and n <= problem.searched:
-                        rows[-1]["tried"] = chosen[mix]["tried"]
+        rows = measure(pool, args.kept, problems, frames, args.quick)
         if args.equal_time:
-            timed = [row for row in rows if "splines" not in row and row["couplings"] <= PROBLEMS[row["data"]].timed]
+            timed = [row for row in rows if row["couplings"] <= PROBLEMS[row["data"]].timed]
             for key, row in {(row["data"], row["couplings"]): row for row in timed}.items():
                 relative[key] = _relative_times(args.kept, row)
             _add_equal_time(pool, args.kept, timed, relative)
@@ -134,13 +130,43 @@ def run(args: Namespace) -> dict[str, Any]:
     return results
 
 
+def measure(
+    pool: Executor, folder: Path, problems: dict[str, Problem], frames: int, quick: bool
+) -> list[dict[str, Any]]:
+    """A row for every problem, number of couplings, mix and seed, at learning rates chosen on the validation part."""
+    rows: list[dict[str, Any]] = []
+    for name, problem in problems.items():
+        if quick:
+            problem = replace(problem, couplings={2: 1}, steps=20)
+        rates: dict[int, dict[str, Any]] = {}
+        for n in problem.couplings:
+            base = {"data": name, "couplings": n, "frames": frames}
+            base |= {key: getattr(problem, key) for key in ("steps", "batch", "hidden")}
+            base |= {"splines": True} if problem.splines else {}
+            if n <= problem.searched:
+                rates[n] = _choose_rates(pool, folder, base, n <= problem.nets_searched)
+            chosen = rates[max(c for c in rates if c <= problem.searched)]
+            settings = [
+                {**base, **MIXES[mix], "seed": seed, **chosen[mix]["rates"]}
+                for mix in MIXES
+                for seed in range(problem.couplings[n])
+            ]
+            mixes = [mix for mix in MIXES for _ in range(problem.couplings[n])]
+            measured = train_all(pool, folder, settings, f"{name}, {n} couplings, all seeds")
+            for mix, setting, result in zip(mixes, settings, measured, strict=True):
+                rows.append({**setting, "mix": mix, **result})
+                if setting["seed"] == 0 and n <= problem.searched:
+                    rows[-1]["tried"] = chosen[mix]["tried"]
+    return rows
+
+
 def _choose_rates(pool: Executor, folder: Path, base: dict[str, Any], nets: bool) -> dict[str, dict[str, Any]]:
     """For every mix the learning rates with the lowest validation NLL of seed 0, and what was tried.
 
     With a permutation there is that of the networks. For a learned mix that of the mix is chosen first, with 0.001 for
     the networks; then, if ``nets``, that of the networks, that of the mix again, and so on until neither changes.
     """
-    name = f"{base['data']}, {base['couplings']} couplings{', splines' * ('splines' in base)}"
+    name = f"{base['data']}, {base['couplings']} couplings"
     fixed = {mix: {**base, **MIXES[mix], "seed": 0} for mix in _FIXED}
     learned = {mix: {**base, **MIXES[mix], "seed": 0, "net_rate": _RATES[0]} for mix in _LEARNED}
     chosen = _descend(pool, folder, fixed, ("net_rate",), name)

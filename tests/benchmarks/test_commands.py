@@ -19,7 +19,7 @@ from benchmarks.harness import readme
 from benchmarks.harness.output import RESULTS, add_output, settle_output
 
 ROOT = Path(readme.README).parent
-QUICK = ("linear", "density2d", "alanine_dipeptide", "mnist", "swaps", "perturbation", "properties")
+QUICK = ("linear", "density2d", "alanine_dipeptide", "mnist", "swaps", "splines", "perturbation", "properties")
 
 
 def parser_of(name):

@@ -61,6 +61,23 @@ def test_swaps(monkeypatch, tmp_path):
     assert swaps.table(results).splitlines()[-1].count("**") == 2  # one is the best
 
 
+def test_splines(monkeypatch, tmp_path):
+    mixes = ("reversed", "LU", "P4Inv", "InvertibleLinear")
+    monkeypatch.setattr(swaps, "MIXES", {mix: swaps.MIXES[mix] for mix in mixes})
+    monkeypatch.setattr(swaps, "_FIXED", mixes[:1])
+    monkeypatch.setattr(swaps, "_LEARNED", mixes[1:])
+    monkeypatch.setattr(swaps, "_RATES", (8e-3,))
+    parts = f"--jobs 1 --parts {tmp_path / 'parts'}"
+    results = call(monkeypatch, tmp_path, f"splines --quick --data breast-cancer {parts}")
+    assert [(row["mix"], row["splines"], row["couplings"]) for row in results["rows"]] == [
+        (mix, True, 2) for mix in mixes
+    ]
+    test = {row["mix"]: row["test"] for row in results["rows"]}
+    assert max(test[mix] for mix in mixes[1:]) < test["reversed"]
+    (claim,) = results["claims"]
+    assert claim["holds"] == (min(test["P4Inv"], test["InvertibleLinear"]) <= test["LU"])
+
+
 def test_swaps_of_equal_settings_are_equal():
     setting = {"data": "breast-cancer", "couplings": 2, "mix": "P4Inv", "rank": 8, "seed": 3, "steps": 12}
     setting |= {"batch": 32, "hidden": 8, "net_rate": 1e-3, "frames": 0}
