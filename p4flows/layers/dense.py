@@ -15,6 +15,7 @@ from p4flows.layers.tracked import Tracked
 from p4flows.perturbation import MergeOutcome, P4Layer
 from p4flows.tracking.following import follow_
 from p4flows.tracking.initial import initial_matrix
+from p4flows.tracking.jumping import jump_
 from p4flows.tracking.matrix import TrackedMatrix
 from p4flows.tracking.noise import directions
 
@@ -34,15 +35,17 @@ class InvertibleLinear(Tracked, P4Layer):
     step :meth:`merge`, usually called by :class:`p4flows.MergeScheduler`, moves A towards W by nearly the best update
     of rank k of ``E = W - A``: one step of subspace iteration, ``P = orth(E Q)``, ``Q ← Eᵀ P``, ``A ← A + P Qᵀ``, with
     Woodbury's formula for A⁻¹ and the determinant lemma for log|det A|, O(k n²). What does not fit stays in E, and is
-    made up for by the next updates. So it learns as a dense matrix does.
+    made up for by the next updates. So it learns as a dense matrix does. Up to n = 128 all of E fits.
 
     Args:
         features: n, the size of the last dimension of the input.
         bias: whether there is a trainable b (n,), which starts at zero.
         init: the A and W to start from, as in :class:`p4flows.P4Inv`.
         seed: of the first directions Q, and of ``init="orthogonal"``.
-        rank: k, the rank that A follows with in one update, 1 <= k <= n; by default 16, and 32 or n up to n = 128.
-            While the weight is more than 2 % ahead (10 % above n = 128) there are up to four updates in one step.
+        rank: k, the rank that A follows with in one update, 1 <= k <= n; by default n up to n = 128, and 16 above.
+            With rank n the update is all of E: A becomes W by an inversion in float64, which costs less than to find
+            a part of E in so narrow a matrix. Otherwise, while the weight is more than 2 % ahead (10 % above n = 128),
+            there are up to four updates in one step.
         bounds_update: (low, high) for ln σ of the singular values σ of the capacitance of an update. Outside, a half, a
             quarter or an eighth of the update is taken, or it is skipped; nothing is lost, as the rest stays in E.
         bounds_det: the same for ln|det A|; there is none by default.
@@ -50,7 +53,7 @@ class InvertibleLinear(Tracked, P4Layer):
 
     Attributes: parameters weight (n, n) and bias (n,) or None; A, A_inv, A_double, A_inv_double (n, n), sign_A,
     logabsdet_A, rounding () as in :class:`p4flows.P4Inv`, all buffers of the module ``tracked``; the buffer directions
-    Q (n, k).
+    Q (n, k), without columns where the rank is n.
 
     It has to be followed after every optimizer step: every second one costs much of the learning. Weight decay,
     averages and gradient clipping mean for W what they mean for ``nn.Linear``. First derivatives cost O(n²) a row;
@@ -115,8 +118,9 @@ class InvertibleLinear(Tracked, P4Layer):
             self.weight = nn.Parameter(start.A.to(dtype, copy=True))
             zero = torch.zeros(self.features, dtype=dtype)
             self.register_parameter("bias", nn.Parameter(zero) if flag("bias", bias) else None)
-            Q = directions(number, torch.zeros_like(number), self.features, self.rank)
-            self.register_buffer("directions", Q.to(dtype))
+            columns = self.rank if self.rank < self.features else 0
+            Q = directions(number, torch.zeros_like(number), self.features, self.rank)[:, :columns]
+            self.register_buffer("directions", Q.to(dtype, copy=True))
         move(self, device)
 
     def extra_repr(self) -> str:
@@ -174,8 +178,9 @@ class InvertibleLinear(Tracked, P4Layer):
     def lag(self) -> Tensor:
         """``‖W - A‖ / ‖A‖`` in Frobenius norms, () in float64: how far A is behind the weight.
 
-        It is kept near 2 % (10 % above n = 128) by more than one update in a step where that is needed. If it grows
-        much beyond, raise the rank or lower the learning rate.
+        It is zero after a step that is followed with rank n. With a lower one it is kept near 2 % (10 % above n = 128)
+        by more than one update in a step where that is needed. If it grows much beyond, raise the rank or lower the
+        learning rate.
         """
         A = self.tracked.exact[0]
         return torch.linalg.matrix_norm(self.weight.double() - A) / torch.linalg.matrix_norm(A)
@@ -217,7 +222,7 @@ class InvertibleLinear(Tracked, P4Layer):
         return self.directions.shape, self.weight.dtype, self.weight.device, self.bounds_update, self.bounds_det
 
     def merge(self, force: bool = False) -> Tensor:
-        """Move A towards the weight by an update of rank k, in place, O(k n²).
+        """Move A towards the weight by an update of rank k, in place, O(k n²); with rank n, to the weight.
 
         Where the whole update is out of bounds a part of it is taken, unless forced; it is skipped where no part is
         within bounds or finite, and where the weight is not finite. Waits for the device. Returns the
@@ -233,12 +238,19 @@ class InvertibleLinear(Tracked, P4Layer):
         """
         first = layers[0]
         options: dict[str, Any] = {"force": force, "bounds_update": first.bounds_update, "bounds_det": first.bounds_det}
-        return cls._joined([follow_(state, **options) for state in cls._grouped(layers).states()], layers)
+        move = jump_ if first.rank == first.features else follow_
+        return cls._joined([move(state, **options) for state in cls._grouped(layers).states()], layers)
 
     @torch.no_grad()
     def reset(self) -> None:
         """Drop what A has not yet followed: the weight becomes A."""
         self.weight.copy_(self.A)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        if self.rank == self.features and f"{prefix}directions" in state_dict:
+            # Where the rank is full, those of a state of lower rank are of no use.
+            state_dict[f"{prefix}directions"] = self.directions
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def penalty(self) -> Tensor:
         """Zero, in float64: what cannot be followed at once is followed in parts."""
@@ -246,4 +258,4 @@ class InvertibleLinear(Tracked, P4Layer):
 
 
 def _default_rank(n: int) -> int:
-    return min(n, 32) if n <= 128 else 16
+    return n if n <= 128 else 16

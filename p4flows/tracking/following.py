@@ -18,12 +18,9 @@ from p4flows.checks import Bounds
 from p4flows.perturbation import MergeOutcome
 from p4flows.tracking import algebra
 from p4flows.tracking.group import Matrices
-from p4flows.tracking.merging import sanity, update_
+from p4flows.tracking.merging import PARTS, room, sanity, update_
 
 __all__ = ["follow_"]
-
-# Parts of an update that are tried where the whole is not sane; the rest stays in E.
-_PARTS = (0.5, 0.25, 0.125)
 
 # A follows by up to four updates at a time while ‖W - A‖ is more than 2 % of ‖A‖; 10 % for wide matrices, which
 # training moves by less in a step, and for which an update is a good part of the step.
@@ -75,12 +72,13 @@ def _update(
     size_W = algebra.largest(W)
 
     part = torch.ones_like(state.logabsdet)
-    for smaller in (*_PARTS, None):
+    for smaller in (*PARTS, None):
         C = identity + part[:, None, None] * M
         C_inv = algebra.invert_capacitance(C)
         K = C_inv @ Z
         size_inv = part * size_W * algebra.largest(K)
-        found = sanity(state, C, C_inv, part * size, size_inv, bounds_update, bounds_det)
+        fits = room(state, C, part * size, size_inv)
+        found = sanity(state, algebra.sign_and_logabsdet(C), C, C_inv, fits, bounds_update, bounds_det)
         sane = found.reason == 0
         accepted = finite & (found.storable if force else sane)
         if smaller is None or (accepted.is_cpu and (accepted | ~finite).all()):  # elsewhere, asking would mean waiting

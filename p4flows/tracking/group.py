@@ -45,6 +45,16 @@ class Matrices:
         if one is None:
             self.store(name)
 
+    def set(self, A: Tensor, A_inv: Tensor, sign: Tensor, logabsdet: Tensor, rounding: Tensor) -> None:
+        """Replace all of them, in float64 and, rounded, in the layers."""
+        new = {"A": A, "A_inv": A_inv, "sign": sign, "logabsdet": logabsdet, "rounding": rounding}
+        for name, value in new.items():
+            if name in self._targets:  # ours is a copy
+                setattr(self, name, value)
+            else:
+                getattr(self, name).copy_(value)
+        self.store(*new)
+
     def store(self, *names: str) -> None:
         """Hand the named changes to the layers; those of "A" and "A_inv" also in the layers' own precision."""
         for name in names:

@@ -18,7 +18,10 @@ from p4flows.tracking import algebra
 from p4flows.tracking.group import Matrices
 from p4flows.tracking.noise import redraw_
 
-__all__ = ["Sanity", "merge_", "sanity", "update_"]
+__all__ = ["PARTS", "Sanity", "merge_", "room", "sanity", "update_"]
+
+# Parts of an update that are tried where the whole is not sane, by layers that can keep the rest for later.
+PARTS = (0.5, 0.25, 0.125)
 
 
 @torch.no_grad()
@@ -34,7 +37,8 @@ def merge_(state: Matrices, *, force: bool, bounds_update: Bounds, bounds_det: B
     W, C, Z = algebra.merge_products(state.A_inv, U_new, V_new)
     C_inv = algebra.invert_capacitance(C)
     K = C_inv @ Z
-    found = sanity(state, C, C_inv, size_U * size_V, algebra.largest(W) * algebra.largest(K), bounds_update, bounds_det)
+    fits = room(state, C, size_U * size_V, algebra.largest(W) * algebra.largest(K))
+    found = sanity(state, algebra.sign_and_logabsdet(C), C, C_inv, fits, bounds_update, bounds_det)
     accepted = finite & (found.storable if force else found.reason == 0)
 
     if not accepted.is_cpu or accepted.any():  # elsewhere, asking would mean waiting
@@ -55,25 +59,29 @@ class Sanity:
         self.sign_G, self.log_G, self.storable, self.reason = sign_G, log_G, storable, reason
 
 
+def room(state: Matrices, C: Tensor, size: Tensor, size_inv: Tensor) -> Tensor:
+    """Whether A and A⁻¹ can hold an update (L,), rank-one terms of which have entries of up to these sizes (L,)."""
+    k, limit = C.shape[-1], torch.finfo(state.dtype).max / 4
+    return algebra.fits(state.A, k * size, limit) & algebra.fits(state.A_inv, k * size_inv, limit)
+
+
 def sanity(
     state: Matrices,
+    G: tuple[Tensor, Tensor],
     C: Tensor,
     C_inv: Tensor,
-    size: Tensor,
-    size_inv: Tensor,
+    fits: Tensor,
     bounds_update: Bounds,
     bounds_det: Bounds,
 ) -> Sanity:
-    """The sanity check of Algorithm 2 for updates of capacitance C (L, k, k), and its inverse.
+    """The sanity check of Algorithm 2 for updates of capacitance C (L, k, k), with its inverse, and G = det C.
 
-    ``size`` and ``size_inv`` (L,) bound the entries of rank-one terms of the updates of A and A⁻¹. The bounds on ln|G|
-    hold for every direction of an update of higher rank, that is for all ln σ of the singular values σ of C.
+    ``G`` is the sign and ln|G| (L,), and ``fits`` (L,) says whether the result is within the range of the dtype. The
+    bounds on ln|G| hold for every direction of an update of higher rank, that is for all ln σ of the singular values σ
+    of C.
     """
-    sign_G, log_G = algebra.sign_and_logabsdet(C)
-    k = C.shape[-1]
-    storable = log_G.isfinite()
-    for matrix, update in ((state.A, size), (state.A_inv, size_inv)):
-        storable &= algebra.fits(matrix, k * update, torch.finfo(state.dtype).max / 4)
+    sign_G, log_G = G
+    storable = fits & log_G.isfinite()
     reason = torch.zeros_like(state.logabsdet, dtype=torch.int64)
     for outcome, sane in (
         (MergeOutcome.SKIPPED_DETERMINANT, _within(log_G + state.logabsdet, bounds_det)),

@@ -106,3 +106,59 @@ def test_a_scheduler_says_that_a_weight_is_not_finite():
     scheduler.step()  # which says it once
     assert scheduler.counters["skipped_not_finite"] == 2
     assert scheduler.counters["merged"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 2, N, 128])
+def test_a_matrix_that_follows_with_full_rank_becomes_the_weight(n, dtype):
+    layer = InvertibleLinear(n, init=matrix(n), dtype=dtype)
+    for i in range(5):
+        with torch.no_grad():
+            layer.weight.add_((-1) ** i * torch.randn(n, n, dtype=dtype) / n)
+        assert layer.merge() == MergeOutcome.MERGED
+        assert layer.lag == 0
+        assert torch.equal(layer.A, layer.weight)
+        assert layer.matrix_double.equal(layer.weight.double())
+        sign, logabsdet = torch.linalg.slogdet(layer.weight.double())
+        assert layer.sign_A == sign
+        torch.testing.assert_close(layer.logabsdet_A, logabsdet)
+        exact = torch.linalg.inv(layer.weight.double())
+        torch.testing.assert_close(layer.tracked.exact[1], exact, rtol=1e-9, atol=1e-9)
+
+
+def test_layers_that_jump_together_do_as_each_by_itself():
+    def layers():
+        torch.manual_seed(0)
+        good, singular, broken, bounded = (ahead(0.01) for _ in range(4))
+        with torch.no_grad():
+            singular.weight[0] = 0
+            broken.weight[1, 1] = math.nan
+            bounded.weight.copy_(-bounded.A)
+        return [good, singular, broken, bounded]
+
+    together, alone = layers(), layers()
+    outcomes = InvertibleLinear.merge_all(together)
+    assert outcomes.tolist() == [InvertibleLinear.merge_all([layer]).item() for layer in alone]
+    assert outcomes.tolist() == [
+        MergeOutcome.MERGED,
+        MergeOutcome.PARTIAL,
+        MergeOutcome.SKIPPED_NOT_FINITE,
+        MergeOutcome.MERGED,
+    ]
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one.A, other.A)
+        torch.testing.assert_close(one.logabsdet_A, other.logabsdet_A)
+        assert_right(one)
+
+
+def test_bounds_let_a_part_of_a_low_rank_update_through():
+    layer = InvertibleLinear(3, rank=1, bounds_update=(-1.0, None), dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight[2, 2] = 0.2  # ln 0.2 = -1.6
+    assert layer.merge() == MergeOutcome.PARTIAL
+    torch.testing.assert_close(layer.A[2, 2].item(), 0.6)
+    assert_right(layer)
+    assert layer.merge() == MergeOutcome.PARTIAL  # ln 1/3 = -1.1
+    torch.testing.assert_close(layer.A[2, 2].item(), 0.4)
+    assert layer.merge() == MergeOutcome.MERGED
+    assert layer.lag < 1e-14

@@ -167,4 +167,14 @@ def test_wrong_arguments(arguments, message):
 
 def test_the_default_rank():
     ranks = {n: InvertibleLinear(n).rank for n in (1, 20, 64, 128, 129, 300)}
-    assert ranks == {1: 1, 20: 20, 64: 32, 128: 32, 129: 16, 300: 16}
+    assert ranks == {1: 1, 20: 20, 64: 64, 128: 128, 129: 16, 300: 16}
+
+
+def test_a_state_of_lower_rank_loads_where_the_rank_is_full():
+    narrow = advance(parts_of(nn.ModuleList([InvertibleLinear(N, rank=2)])), 5)["model"][0]
+    layer = InvertibleLinear(N)
+    layer.load_state_dict(narrow.state_dict())
+    assert torch.equal(layer.A, narrow.A)
+    assert layer.directions.shape == (N, 0)
+    assert layer.merge() == MergeOutcome.MERGED
+    assert torch.equal(layer.A, layer.weight)
