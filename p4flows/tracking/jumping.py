@@ -14,7 +14,7 @@ from p4flows.checks import Bounds
 from p4flows.perturbation import MergeOutcome
 from p4flows.tracking import algebra
 from p4flows.tracking.group import Matrices
-from p4flows.tracking.merging import PARTS, Sanity, sanity
+from p4flows.tracking.merging import PARTS, sanity
 
 __all__ = ["jump_"]
 
@@ -26,13 +26,40 @@ def jump_(state: Matrices, *, force: bool, bounds_update: Bounds, bounds_det: Bo
     Costs one factorisation in float64, O(n³). Waits for the device. Returns the outcomes (L,).
     """
     W = state.own["weight"].double()
+    inverse, sign, logabsdet = _inverted(W)
+    if bounds_det == (None, None) and _near(state, W, inverse, bounds_update):
+        state.set(W, inverse, sign, logabsdet, torch.zeros_like(state.rounding))
+        return torch.full_like(logabsdet, int(MergeOutcome.MERGED), dtype=torch.int64)
+    return _jump_or_part(state, W, force, bounds_update, bounds_det)
+
+
+def _near(state: Matrices, target: Tensor, inverse: Tensor, bounds: Bounds) -> bool:
+    """Whether norms alone tell that every ``target - A`` is sane, as they do of most steps.
+
+    ``‖target A⁻¹‖ ≤ 1 + ‖E‖ ‖A⁻¹‖`` for ``E = target - A``, and likewise for the inverse, ``A target⁻¹``.
+    """
+    low, high = bounds
+    limit = torch.finfo(state.dtype).max / 8
+    distance, size = torch.linalg.matrix_norm(target - state.A), torch.linalg.matrix_norm(inverse)
+    near = (distance < limit) & (size < limit)
+    if low is not None:
+        near &= torch.log1p(distance * size) <= -low
+    if high is not None:
+        near &= torch.log1p(distance * torch.linalg.matrix_norm(state.A_inv)) <= high
+    return bool(near.all())
+
+
+def _jump_or_part(state: Matrices, W: Tensor, force: bool, bounds_update: Bounds, bounds_det: Bounds) -> Tensor:
     finite = W.isfinite().flatten(1).all(1)
-    if not finite.all():
-        W = torch.where(finite[:, None, None], W, state.A)
+    W = torch.where(finite[:, None, None], W, state.A)
+    limit = torch.finfo(state.dtype).max / 4
     part, target = torch.ones_like(state.logabsdet), W
     for smaller in (*PARTS, None):
         inverse, sign, logabsdet = _inverted(target)
-        found = _sanity(state, target, inverse, sign, logabsdet, bounds_update, bounds_det)
+        fits = (algebra.largest(target) < limit) & (algebra.largest(inverse) < limit)
+        G = state.sign * sign, logabsdet - state.logabsdet
+        # target A⁻¹ is the capacitance of the update Pᵀ E, P = I.
+        found = sanity(state, G, target @ state.A_inv, state.A @ inverse, fits, bounds_update, bounds_det)
         sane = found.reason == 0
         accepted = finite & (found.storable if force else sane)
         if smaller is None or (accepted | ~finite).all():
@@ -40,10 +67,9 @@ def jump_(state: Matrices, *, force: bool, bounds_update: Bounds, bounds_det: Bo
         part = torch.where(accepted, part, smaller)
         target = torch.lerp(state.A, W, part[:, None, None])
 
-    if not accepted.all():
-        kept = accepted[:, None, None]
-        target, inverse = torch.where(kept, target, state.A), torch.where(kept, inverse, state.A_inv)
-        sign, logabsdet = sign.where(accepted, state.sign), logabsdet.where(accepted, state.logabsdet)
+    kept = accepted[:, None, None]
+    target, inverse = torch.where(kept, target, state.A), torch.where(kept, inverse, state.A_inv)
+    sign, logabsdet = sign.where(accepted, state.sign), logabsdet.where(accepted, state.logabsdet)
     state.set(target, inverse, sign, logabsdet, state.rounding.masked_fill(accepted, 0))
     taken = torch.where(part < 1, int(MergeOutcome.PARTIAL), int(MergeOutcome.MERGED))
     taken = taken.where(sane, int(MergeOutcome.FORCED))
@@ -58,26 +84,3 @@ def _inverted(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sign = diagonal.sign().prod(-1) * (1 - 2 * (exchanges % 2))
     identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).expand_as(M)
     return torch.linalg.lu_solve(LU, pivots, identity), sign, diagonal.abs().log_().sum(-1)
-
-
-def _sanity(
-    state: Matrices,
-    target: Tensor,
-    inverse: Tensor,
-    sign: Tensor,
-    logabsdet: Tensor,
-    bounds_update: Bounds,
-    bounds_det: Bounds,
-) -> Sanity:
-    """The sanity check of the update ``target - A``; its capacitance is ``target A⁻¹``, see :func:`sanity`."""
-    limit = torch.finfo(state.dtype).max / 4
-    fits = (algebra.largest(target) < limit) & (algebra.largest(inverse) < limit)
-    G = state.sign * sign, logabsdet - state.logabsdet
-    low, high = bounds_update
-    E = torch.linalg.matrix_norm(target - state.A)
-    # Most steps are so small that norms tell enough: ‖target A⁻¹‖ ≤ 1 + ‖E‖ ‖A⁻¹‖, and likewise for its inverse.
-    near = low is None or (torch.log1p(E * torch.linalg.matrix_norm(inverse)) <= -low).all()
-    near &= high is None or (torch.log1p(E * torch.linalg.matrix_norm(state.A_inv)) <= high).all()
-    if near:
-        return sanity(state, G, state.A, state.A, fits, (None, None), bounds_det)
-    return sanity(state, G, target @ state.A_inv, state.A @ inverse, fits, bounds_update, bounds_det)
