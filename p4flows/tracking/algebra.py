@@ -23,6 +23,7 @@ __all__ = [
     "cheapest_order",
     "fits",
     "hyperpower",
+    "invert",
     "invert_capacitance",
     "largest",
     "log_spectral_norm",
@@ -110,6 +111,16 @@ def solve_capacitance(C: Tensor, X: Tensor) -> Tensor:
         return X / C
     wide = torch.promote_types(C.dtype, torch.float32)  # LAPACK has no half precision
     return torch.linalg.solve_ex(C.to(wide), X.to(wide)).result.to(X.dtype)
+
+
+def invert(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """M⁻¹, the sign of det M and ln|det M| for M (..., n, n), by one factorisation; not finite where M is singular."""
+    LU, pivots, _ = torch.linalg.lu_factor_ex(M)
+    diagonal = LU.diagonal(dim1=-2, dim2=-1)
+    exchanges = (pivots != torch.arange(1, M.shape[-1] + 1, device=M.device)).sum(-1)
+    sign = diagonal.sign().prod(-1) * (1 - 2 * (exchanges % 2))
+    identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).expand_as(M)
+    return torch.linalg.lu_solve(LU, pivots, identity), sign, diagonal.abs().log_().sum(-1)
 
 
 def invert_capacitance(C: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def jump_(state: Matrices, *, force: bool, bounds_update: Bounds, bounds_det: Bo
     Costs one factorisation in float64, O(n³). Waits for the device. Returns the outcomes (L,).
     """
     W = state.own["weight"].double()
-    inverse, sign, logabsdet = _inverted(W)
+    inverse, sign, logabsdet = algebra.invert(W)
     if bounds_det == (None, None) and _near(state, W, inverse, bounds_update):
         state.set(W, inverse, sign, logabsdet, torch.zeros_like(state.rounding))
         return torch.full_like(logabsdet, int(MergeOutcome.MERGED), dtype=torch.int64)
@@ -55,7 +55,7 @@ def _jump_or_part(state: Matrices, W: Tensor, force: bool, bounds_update: Bounds
     limit = torch.finfo(state.dtype).max / 4
     part, target = torch.ones_like(state.logabsdet), W
     for smaller in (*PARTS, None):
-        inverse, sign, logabsdet = _inverted(target)
+        inverse, sign, logabsdet = algebra.invert(target)
         fits = (algebra.largest(target) < limit) & (algebra.largest(inverse) < limit)
         G = state.sign * sign, logabsdet - state.logabsdet
         # target A⁻¹ is the capacitance of the update Pᵀ E, P = I.
@@ -74,13 +74,3 @@ def _jump_or_part(state: Matrices, W: Tensor, force: bool, bounds_update: Bounds
     taken = torch.where(part < 1, int(MergeOutcome.PARTIAL), int(MergeOutcome.MERGED))
     taken = taken.where(sane, int(MergeOutcome.FORCED))
     return taken.where(accepted, found.reason).where(finite, int(MergeOutcome.SKIPPED_NOT_FINITE))
-
-
-def _inverted(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """M⁻¹, the sign of det M and ln|det M| for M (L, n, n), by one factorisation; not finite where M is singular."""
-    LU, pivots, _ = torch.linalg.lu_factor_ex(M)
-    diagonal = LU.diagonal(dim1=-2, dim2=-1)
-    exchanges = (pivots != torch.arange(1, M.shape[-1] + 1, device=M.device)).sum(-1)
-    sign = diagonal.sign().prod(-1) * (1 - 2 * (exchanges % 2))
-    identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).expand_as(M)
-    return torch.linalg.lu_solve(LU, pivots, identity), sign, diagonal.abs().log_().sum(-1)
