@@ -8,7 +8,7 @@ A frozen invertible matrix ``A`` (..., n, n) with a known inverse ``A_inv`` is p
 
 Equation numbers are those of Krämer, Köhler, Noé, "Training Invertible Linear Layers through Rank-One
 Perturbations" (arXiv:2010.07033). Batches of vectors are rows, ``x`` (..., n); nothing here forms an n × n
-temporary except :func:`hyperpower` and :func:`residual`, which are the O(n³) corrections and diagnostics.
+temporary except :func:`hyperpower`, :func:`invert` and :func:`residual`, which cost O(n³).
 """
 
 from __future__ import annotations
