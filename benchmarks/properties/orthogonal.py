@@ -41,7 +41,7 @@ def _p4(rank: int | None, n: int) -> nn.Module:
 
 METHODS: dict[str, Callable[[int], nn.Module]] = {
     "P4Orthogonal, rank 1": partial(_p4, 1),
-    "P4Orthogonal, rank 8": partial(_p4, lambda n: min(n, 8)),
+    "P4Orthogonal, rank 8": partial(_p4, 8),
     "P4Orthogonal": partial(_p4, None),
     "reflections, rank 8": lambda n: Reflections(n, min(n, 8), seed=1),
     "torch, matrix_exp": partial(_parametrized, "matrix_exp"),
