@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from benchmarks.harness.colors import color, new_figure, save
 
@@ -74,7 +74,7 @@ def _draw_trained(figure: Any, rows: list[dict[str, Any]]) -> None:
                     _plot(ax, row, "residual_of_rounded_inverse", **{**_BEST, "label": None})
             ax.set_xlabel("optimizer steps")
             ax.set_ylabel(label if i == 0 else "")
-            ax.set_xscale("log")
+            ax.xaxis.set_major_locator(MaxNLocator(3))
             ax.set_yscale("log")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
