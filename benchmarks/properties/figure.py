@@ -77,7 +77,7 @@ def _orthogonal(results: dict[str, Any]) -> Figure:
 def _lipschitz(results: dict[str, Any]) -> Figure:
     figure = new_figure(4.2)
     nll, norm = figure.subplots(1, 2)
-    for name, row in best(results["lipschitz"], "nll").items():
+    for name, row in best(results["lipschitz"], "validation").items():
         nll.plot(row["step"], row["nll"], **_style(name))
         norm.plot(row["step"], row["effective"], **_style(name))
     norm.axhline(1, color="gray", linewidth=1)

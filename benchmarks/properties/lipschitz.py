@@ -126,7 +126,7 @@ class ResidualFlow(nn.Module):
 def train(
     method: str, data: str, rate: float, steps: int, blocks: int, hidden: int, batch: int, points: int
 ) -> dict[str, Any]:
-    """Maximum likelihood by Adam on a cosine; NLL of a test set, norms over the bound, and the last round trip."""
+    """Maximum likelihood by Adam on a cosine; NLLs of a validation and a test set, norms over the bound, round trip."""
     torch.manual_seed(0)
     make, every = METHODS[method]
     flow = ResidualFlow(make, blocks, hidden)
@@ -134,8 +134,8 @@ def train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     scheduler = MergeScheduler(flow, optimizer, every).attach() if every else None
     generator = torch.Generator().manual_seed(1)
-    test = DISTRIBUTIONS[data].sample(_TEST, torch.Generator().manual_seed(2))
-    curve: dict[str, Any] = {"step": [], "nll": [], "effective": [], "frozen": []}
+    test, validation = (DISTRIBUTIONS[data].sample(_TEST, torch.Generator().manual_seed(seed)) for seed in (2, 3))
+    curve: dict[str, Any] = {"step": [], "validation": [], "nll": [], "effective": [], "frozen": []}
     every_point = max(10, steps // points // 10 * 10)
     for step in range(steps + 1):
         # Just before a merge, where a perturbation is oldest; and at the end just after one.
@@ -144,7 +144,8 @@ def train(
                 scheduler.merge()
             flow.eval()
             with torch.no_grad():
-                values = (step, -flow.log_prob(test).mean().item(), flow.norms(), flow.norms(effective=False))
+                nlls = (-flow.log_prob(x).mean().item() for x in (validation, test))
+                values = (step, *nlls, flow.norms(), flow.norms(effective=False))
             flow.train()
             for key, value in zip(curve, values, strict=True):
                 curve[key].append(value)

@@ -79,7 +79,7 @@ def _peers(rows: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lipschitz_claims(results: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = best(results["lipschitz"], "nll")
+    rows = best(results["lipschitz"], "validation")
     p4, torch = rows["P4Lipschitz, N = 10"], rows["torch, spectral_norm"]
     said = "Section 5: Lipschitz bounds"
     frozen = max(max(row["frozen"]) for row in results["lipschitz"] if row["method"].startswith("P4"))
@@ -155,7 +155,7 @@ def _lipschitz(results: dict[str, Any]) -> str:
     times = results["timing"]["flows"]["ms"]
     lines = ["| residual network | test NLL | norm / bound | after merges | error of the inverse | ms a step |"]
     lines.append("|---|" + "---:|" * 5)
-    for name, row in best(results["lipschitz"], "nll").items():
+    for name, row in best(results["lipschitz"], "validation").items():
         merged = f"{max(row['frozen']):.6f}" if name.startswith("P4") else ""
         error = "diverges" if row["round_trip"] > 1e3 else f"{row['round_trip']:.1e}"
         cells = [f"{row['nll'][-1]:.3f}", f"{max(row['effective']):.3f}", merged, error, f"{times[name]:.1f}"]
