@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "SINGULAR",
     "capacitance",
     "cheapest_order",
     "fits",
@@ -42,6 +43,9 @@ __all__ = [
 
 
 _BLOCK = 128
+
+SINGULAR = 1e-3
+"""The entry of ``A A⁻¹ - I`` beyond which a matrix is singular, as far as float64 can tell."""
 
 
 def matrix_vector(M: Tensor, u: Tensor) -> Tensor:

@@ -18,14 +18,15 @@ from p4flows.checks import Bounds
 from p4flows.perturbation import MergeOutcome
 from p4flows.tracking import algebra
 from p4flows.tracking.group import Matrices
+from p4flows.tracking.jumping import jump_
 from p4flows.tracking.merging import PARTS, room, sanity, update_
 
 __all__ = ["follow_"]
 
-# A follows by up to four updates at a time while ‖W - A‖ is more than 2 % of ‖A‖; 10 % for wide matrices, which
-# training moves by less in a step, and for which an update is a good part of the step.
-_ROUNDS, _NEAR, _NEAR_WIDE = 4, 0.02, 0.1
-_WIDE = 128
+# A follows by up to four updates at a time while ‖W - A‖ is more than 2 % of ‖A‖. In this range of widths an inversion
+# takes at most the time of a few updates, and leaves nothing; so it is made as soon as learning would suffer.
+_ROUNDS, _NEAR = 4, 0.02
+_INVERTED, _NEAR_INVERTED = range(129, 513), 0.005
 
 _BLOCK = 2**20  # entries of a matrix that are subtracted at a time
 
@@ -38,15 +39,20 @@ def follow_(state: Matrices, *, force: bool, bounds_update: Bounds, bounds_det: 
     """Move each A (L, n, n) towards its weight by updates of rank k; the outcomes (L,) of the first of them.
 
     ``state.own`` has weight (L, n, n), and directions (L, n, k), which become those of the next step. There is one
-    update, O(k n²), and up to three more while a weight is far ahead. Waits for the device.
+    update, O(k n²), and up to three more while a weight is far ahead; or up to n = 512 an inversion, O(n³), instead of
+    these. Waits for the device.
     """
     options: dict[str, Any] = {"force": force, "bounds_update": bounds_update, "bounds_det": bounds_det}
     first, lag = _update(state, torch.ones_like(state.logabsdet, dtype=torch.bool), **options)
-    near = _NEAR_WIDE if state.A.shape[-1] > _WIDE else _NEAR
+    inverted = state.A.shape[-1] in _INVERTED
+    near = _NEAR_INVERTED if inverted else _NEAR
     for _ in range(1, _ROUNDS):
         # Each by itself, so that no layer depends on those that it is followed together with.
         behind = (lag > near) & (first == MergeOutcome.MERGED)
         if not behind.any():
+            break
+        if inverted:  # where each layer is by itself
+            jump_(state, **options)
             break
         _, lag_now = _update(state, behind, **options)
         lag = lag_now.where(behind, lag)
@@ -77,7 +83,7 @@ def _update(
         C_inv = algebra.invert_capacitance(C)
         K = C_inv @ Z
         size_inv = part * size_W * algebra.largest(K)
-        fits = room(state, C, part * size, size_inv)
+        fits = room(state, C, part * size, size_inv, force)
         found = sanity(state, algebra.sign_and_logabsdet(C), C, C_inv, fits, bounds_update, bounds_det)
         sane = found.reason == 0
         accepted = finite & (found.storable if force else sane)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from p4flows.tracking.algebra import SINGULAR
 from p4flows.tracking.noise import normal
 
 __all__ = ["InitialMatrix", "initial_matrix"]
@@ -75,7 +76,7 @@ def _invert(M: Tensor, dtype: torch.dtype) -> InitialMatrix:
     storable = A_inv.to(dtype).isfinite().all() and A.isfinite().all()
     if info.item() != 0 or sign == 0 or not (logabsdet.isfinite() and storable):
         raise ValueError("init: expected an invertible matrix, got a singular one")
-    if (A @ A_inv - torch.eye(len(A), dtype=torch.float64)).abs().max() > 1e-3:
+    if (A @ A_inv - torch.eye(len(A), dtype=torch.float64)).abs().max() > SINGULAR:
         raise ValueError("init: expected an invertible matrix, got one that is numerically singular")
     return InitialMatrix(_row_by_row(A), _row_by_row(A_inv), sign, logabsdet)
 

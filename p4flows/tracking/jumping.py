@@ -14,7 +14,7 @@ from p4flows.checks import Bounds
 from p4flows.perturbation import MergeOutcome
 from p4flows.tracking import algebra
 from p4flows.tracking.group import Matrices
-from p4flows.tracking.merging import PARTS, sanity
+from p4flows.tracking.merging import PARTS, regular, sanity
 
 __all__ = ["jump_"]
 
@@ -41,7 +41,7 @@ def _near(state: Matrices, target: Tensor, inverse: Tensor, bounds: Bounds) -> b
     low, high = bounds
     limit = torch.finfo(state.dtype).max / 8
     distance, size = torch.linalg.matrix_norm(target - state.A), torch.linalg.matrix_norm(inverse)
-    near = (distance < limit) & (size < limit)
+    near = (distance < limit) & (size < limit) & regular(torch.linalg.matrix_norm(target), size, state.dtype)
     if low is not None:
         near &= torch.log1p(distance * size) <= -low
     if high is not None:
@@ -56,7 +56,8 @@ def _jump_or_part(state: Matrices, W: Tensor, force: bool, bounds_update: Bounds
     part, target = torch.ones_like(state.logabsdet), W
     for smaller in (*PARTS, None):
         inverse, sign, logabsdet = algebra.invert(target)
-        fits = (algebra.largest(target) < limit) & (algebra.largest(inverse) < limit)
+        entries, entries_inv = algebra.largest(target), algebra.largest(inverse)
+        fits = (entries < limit) & (entries_inv < limit) & regular(entries, entries_inv, state.dtype)
         G = state.sign * sign, logabsdet - state.logabsdet
         # target A⁻¹ is the capacitance of the update Pᵀ E, P = I.
         found = sanity(state, G, target @ state.A_inv, state.A @ inverse, fits, bounds_update, bounds_det)

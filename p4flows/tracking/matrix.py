@@ -54,7 +54,7 @@ class TrackedMatrix(nn.Module):
     def set(self, M: Tensor, name: str = "M") -> None:
         """Make M (*batch, n, n) the matrix A. It is inverted in float64, which costs O(n³).
 
-        Raises ValueError, and changes nothing, if M has another shape, is not finite or is singular.
+        Raises ValueError, and changes nothing, if M has another shape, is not finite or is singular, also numerically.
         """
         if not isinstance(M, Tensor) or M.shape != self.A.shape or M.is_complex() or M.is_meta:
             raise ValueError(f"{name}: expected a real tensor of shape {tuple(self.A.shape)}, got {M!r}")
@@ -64,6 +64,8 @@ class TrackedMatrix(nn.Module):
         rounded = M.to(self.A.dtype), M_inv.to(self.A.dtype)
         if info.any() or not all(T.isfinite().all() for T in (*rounded, logabsdet)):
             raise ValueError(f"{name}: expected invertible matrices whose entries and inverses are finite")
+        if algebra.residual(M, M_inv).abs().max() > algebra.SINGULAR:
+            raise ValueError(f"{name}: expected invertible matrices, got one that is numerically singular")
         for target, value in zip((*self.exact, self.A, self.A_inv), (M, M_inv, *rounded), strict=True):
             target.copy_(value)
         self.sign.copy_(sign)

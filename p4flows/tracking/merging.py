@@ -18,7 +18,7 @@ from p4flows.tracking import algebra
 from p4flows.tracking.group import Matrices
 from p4flows.tracking.noise import redraw_
 
-__all__ = ["PARTS", "Sanity", "merge_", "room", "sanity", "update_"]
+__all__ = ["PARTS", "Sanity", "merge_", "regular", "room", "sanity", "update_"]
 
 # Parts of an update that are tried where the whole is not sane, by layers that can keep the rest for later.
 PARTS = (0.5, 0.25, 0.125)
@@ -37,7 +37,7 @@ def merge_(state: Matrices, *, force: bool, bounds_update: Bounds, bounds_det: B
     W, C, Z = algebra.merge_products(state.A_inv, U_new, V_new)
     C_inv = algebra.invert_capacitance(C)
     K = C_inv @ Z
-    fits = room(state, C, size_U * size_V, algebra.largest(W) * algebra.largest(K))
+    fits = room(state, C, size_U * size_V, algebra.largest(W) * algebra.largest(K), force)
     found = sanity(state, algebra.sign_and_logabsdet(C), C, C_inv, fits, bounds_update, bounds_det)
     accepted = finite & (found.storable if force else found.reason == 0)
 
@@ -59,10 +59,23 @@ class Sanity:
         self.sign_G, self.log_G, self.storable, self.reason = sign_G, log_G, storable, reason
 
 
-def room(state: Matrices, C: Tensor, size: Tensor, size_inv: Tensor) -> Tensor:
-    """Whether A and A⁻¹ can hold an update (L,), rank-one terms of which have entries of up to these sizes (L,)."""
+def room(state: Matrices, C: Tensor, size: Tensor, size_inv: Tensor, force: bool) -> Tensor:
+    """Whether A and A⁻¹ can hold an update (L,), rank-one terms of which have entries of up to these sizes (L,).
+
+    An update that is to be forced must not lead to a matrix that is singular to rounding, either.
+    """
     k, limit = C.shape[-1], torch.finfo(state.dtype).max / 4
-    return algebra.fits(state.A, k * size, limit) & algebra.fits(state.A_inv, k * size_inv, limit)
+    fits = algebra.fits(state.A, k * size, limit) & algebra.fits(state.A_inv, k * size_inv, limit)
+    if force:
+        sizes = algebra.largest(state.A) + k * size, algebra.largest(state.A_inv) + k * size_inv
+        fits &= regular(*sizes, state.dtype)
+    return fits
+
+
+def regular(size: Tensor, size_inv: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether matrices of this size, with inverses of that size (L,), are not singular to float64, or once rounded."""
+    rounding = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    return size * size_inv < min(algebra.SINGULAR / torch.finfo(torch.float64).eps, 0.5 / rounding)
 
 
 def sanity(

@@ -51,13 +51,13 @@ class StateReset:
             if role == "unknown" and not only_weights:
                 raise ValueError(
                     f"optimizer: what {kinds} keeps as {name!r} is not known, and a merge gives U and V another "
-                    'meaning. InvertibleLinear works with any optimizer; reset="none" is right if this is no copy of '
+                    'meaning. InvertibleLinear works with it; reset="none" is right if this is no copy of '
                     "the weights"
                 )
             if role == "origin" or (role == "weight" and not exact and name != "ax"):
                 raise ValueError(
                     f"optimizer: {kinds} keeps a copy of the weights, {name!r}, which a merge makes wrong. "
-                    "InvertibleLinear works with any optimizer"
+                    "InvertibleLinear works with it"
                 )
             if role == "weight":
                 self._before = torch.stack(self.parameters)

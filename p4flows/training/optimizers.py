@@ -65,10 +65,12 @@ _KNOWN = (
 _KNOWN_ELSEWHERE = {"Lion", "FusedAdam", "FusedSGD", "FusedLAMB"}
 # Those that leave all state to the optimizer inside, or have theirs for the time of a step only.
 _TRANSPARENT = {"SAM", "ASAM", "ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DPOptimizer"}
+# Those of them that evaluate the loss elsewhere than at the weights.
+_ELSEWHERE = {"SAM", "ASAM"}
 # Those that are no optimizers themselves, or were never initialised as such: the hooks see the one inside only.
 _FACADES = {"AcceleratedOptimizer", "LightningOptimizer"}
 
-_ANY = "InvertibleLinear works with any optimizer"
+_ANY = "InvertibleLinear works with it"
 
 
 def unwrapped(optimizer: Any) -> Optimizer:
@@ -102,10 +104,15 @@ def refuse_unknown(optimizers: Sequence[Optimizer], layers: Iterable[P4Layer], r
     """
     layers = list(layers)
     for optimizer in optimizers if layers else ():
-        if isinstance(optimizer, torch.optim.LBFGS) and any(g.get("max_iter", 1) > 1 for g in optimizer.param_groups):
+        if isinstance(optimizer, torch.optim.LBFGS) and any(_searches(group) for group in optimizer.param_groups):
             raise ValueError(
                 "optimizer: LBFGS evaluates the loss many times in a step, but layers follow their weights after it. "
-                "Give it max_iter=1 for InvertibleLinear, and use another one for P4Inv"
+                "Give it max_iter=1 and no line search for InvertibleLinear, and use another one for P4Inv"
+            )
+        if _names(optimizer) & _ELSEWHERE and any(layer.deferred for layer in layers):
+            raise ValueError(
+                f"optimizer: {type(optimizer).__name__} evaluates the loss where it moves the weights for the time of "
+                "a step, but the matrix of an InvertibleLinear follows after it. Use the optimizer inside, or P4Inv"
             )
     layers = [layer for layer in layers if layer.zeroed or layer.redrawn]
     if not layers:
@@ -138,6 +145,10 @@ def refuse_unknown(optimizers: Sequence[Optimizer], layers: Iterable[P4Layer], r
                 f'meaning. Use one of torch.optim; {_ANY}; or choose reset="none", which is right only if {name} keeps '
                 "averages of gradients and no copies of the weights"
             )
+
+
+def _searches(group: dict[str, Any]) -> bool:
+    return group.get("max_iter", 1) > 1 or group.get("line_search_fn") is not None
 
 
 def full_rank(layer: P4Layer) -> bool:

@@ -82,8 +82,9 @@ class MergeScheduler(Rounds):
     and foreach too, before its first step as well; for Lion; and for what wraps one of them, such as SAM, accelerate's
     ``prepare()`` and ZeroRedundancyOptimizer. Merges come after the outermost step. The second copy of the weights of
     schedule-free optimizers is moved along if the perturbation has full rank, P4Inv(n, rank=n). InvertibleLinear works
-    with any optimizer; but what an optimizer changes between steps reaches its A at the next merge only: call
-    :meth:`merge` after the ``eval()`` of a schedule-free one.
+    with any optimizer that evaluates the loss at the weights alone, and so neither with SAM nor with a line search.
+    What an optimizer changes between steps reaches its A at the next merge: call ``settle()`` of the layers after the
+    ``eval()`` of a schedule-free one.
 
     :attr:`counters` tell what became of the merges. When ``skipped_determinant`` grows, the layers were given
     ``bounds_det`` that their determinants have rightly left: widen them or leave them out. When ``skipped_update``

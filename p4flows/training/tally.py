@@ -49,7 +49,8 @@ class Tally:
         self._outcomes: dict[tuple[_Names, torch.device], Tensor] = {}  # (len(names), outcomes)
         self._corrections = torch.zeros(len(Correction), dtype=torch.int64)
         self._rounds = 0
-        self._looked = {"rounds": 0, "merges": 0, "skipped": 0}
+        self._looked_round = 0
+        self._looked: dict[tuple[_Names, torch.device], Tensor] = {}  # the counts of each when they were looked at
 
     def count(self, outcomes: Tensor, names: _Names) -> None:
         """Count what became of merges of the layers of these names, (len(names), ...)."""
@@ -70,21 +71,24 @@ class Tally:
     def end_round(self) -> None:
         """Now and then, see whether merges are skipped: a training that quietly stops merging learns nothing more."""
         self._rounds += 1
-        if self._rounds - self._looked["rounds"] < _ROUNDS_BETWEEN_LOOKS:
+        if self._rounds - self._looked_round < _ROUNDS_BETWEEN_LOOKS:
             return
-        counters = self.counters
-        merges = sum(counters[name] for name in _COUNTED if "skip" not in name) + counters["skipped"]
-        share = (counters["skipped"] - self._looked["skipped"]) / max(1, merges - self._looked["merges"])
-        self._looked = {"rounds": self._rounds, "merges": merges, "skipped": counters["skipped"]}
-        if counters["skipped_not_finite"]:
-            self._warn_not_finite()
-        elif share > _TOLERATED_SKIPS:
-            reasons = ", ".join(f"{name} {count}" for name, count in counters.items() if "skipped_" in name and count)
-            self._warn(
-                f"{share:.0%} of the last merges were skipped ({reasons or 'no reason given'}), so that the layers "
-                "hardly learn; the documentation of MergeScheduler says what to do",
-                "skips",
-            )
+        self._looked_round = self._rounds
+        # Each kind of layer by itself: some that merge often must not hide others that never do.
+        for key, counts in self._outcomes.items():
+            now = counts.cpu().sum(0)
+            since, self._looked[key] = now - self._looked.get(key, _zeros()), now
+            found = _named(since)
+            if found["skipped_not_finite"]:
+                self._warn_not_finite()
+            elif found["skipped"] > _TOLERATED_SKIPS * int(since.sum()):
+                reasons = ", ".join(f"{name} {count}" for name, count in found.items() if "skipped_" in name and count)
+                self._warn(
+                    f"{found['skipped'] / int(since.sum()):.0%} of the last merges were skipped "
+                    f"({reasons or 'no reason given'}), so that the layers hardly learn; the documentation of "
+                    "MergeScheduler says what to do",
+                    "skips",
+                )
 
     @property
     def counters(self) -> dict[str, int]:
@@ -110,7 +114,7 @@ class Tally:
         total, rows = _numbered(counters), [_numbered(counts) for counts in by_layer.values()]
         names: _Names = (None, *by_layer)  # what is not told by layer is of none that is known
         self._outcomes = {(names, torch.device("cpu")): torch.stack([total - sum(rows, _zeros()), *rows])}
-        self._looked = {"rounds": self._rounds, "merges": int(total.sum()), "skipped": counters["skipped"]}
+        self._looked_round, self._looked = self._rounds, {key: counts.sum(0) for key, counts in self._outcomes.items()}
 
     def _warn_not_finite(self) -> None:
         self._warn("a weight is not finite, and is not followed: the training has diverged", "finite")

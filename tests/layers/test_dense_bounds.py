@@ -162,3 +162,55 @@ def test_bounds_let_a_part_of_a_low_rank_update_through():
     torch.testing.assert_close(layer.A[2, 2].item(), 0.4)
     assert layer.merge() == MergeOutcome.MERGED
     assert layer.lag < 1e-14
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nothing_is_forced_that_is_singular_to_rounding(dtype):
+    torch.manual_seed(1)
+    M = torch.randn(5, 5, dtype=torch.float64)
+    M[4] = M[0] + M[1]
+    layer = InvertibleLinear(5, dtype=dtype)
+    with torch.no_grad():
+        layer.weight.copy_(M)
+    x = torch.randn(20, 5, dtype=dtype)
+    for i in range(60):
+        layer.merge(force=i % 10 == 9)
+        assert layer.violation() < 1e-3
+        back = layer.inverse(layer(x)[0])[0]
+        assert (back - x).abs().max() < (1 if dtype == torch.float32 else 0.01)
+
+
+def test_singular_matrices_are_not_settled_on():
+    torch.manual_seed(1)
+    M = torch.randn(5, 5, dtype=torch.float64)
+    M[4] = M[0] + M[1]
+    layer = InvertibleLinear(5, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(M)
+    for attempt in (layer.settle, lambda: layer.set_matrix(M)):
+        with pytest.raises(ValueError, match="expected invertible matrices, got one that is numerically singular"):
+            attempt()
+    assert torch.equal(layer.A, torch.eye(5).double())
+
+
+@pytest.mark.parametrize(("n", "rate"), [(129, 0.02), (150, 0.005), (512, 0.01)])
+def test_it_keeps_up_where_training_is_fast(n, rate):
+    C = torch.randn(n, n, generator=torch.Generator().manual_seed(1)) / n**0.5
+    x = torch.randn(256, n, generator=torch.Generator().manual_seed(2)) @ C.T
+    layer, dense = InvertibleLinear(n, bias=False), torch.eye(n).requires_grad_()
+    optimizers = torch.optim.Adam(layer.parameters(), rate), torch.optim.Adam([dense], rate)
+    MergeScheduler(layer, optimizers[0]).attach()
+    losses = []
+    for _ in range(30):
+        y, logabsdet = layer(x)
+        z = x @ dense.T
+        losses = [
+            (y.square().sum(-1) / 2 - logabsdet).mean() / n,
+            (z.square().sum(-1).mean() / 2 - torch.linalg.slogdet(dense).logabsdet) / n,
+        ]
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert layer.lag < 0.006
+    assert abs(losses[0] - losses[1]) < 0.05

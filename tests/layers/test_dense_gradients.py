@@ -30,7 +30,8 @@ def dense(direction, M, b, x):
     logabsdet = torch.linalg.slogdet(M).logabsdet.expand(x.shape[:-1])
     if direction == "forward":
         return x @ M.T + b, logabsdet
-    return torch.linalg.solve(M, (x - b).mT).mT, -logabsdet
+    # Derivatives of torch.linalg.solve are wrong under vmap of forward mode.
+    return (torch.linalg.inv(M) @ (x - b).mT).mT, -logabsdet
 
 
 def leaves(layer, rows=(4, N)):
@@ -217,3 +218,22 @@ def test_a_weight_that_is_not_finite_leaves_the_function_as_it_was(direction, nu
     torch.testing.assert_close(now, before, rtol=0, atol=0)
     mapped = torch.func.vmap(lambda row: getattr(layer, direction)(row)[0])(x)
     torch.testing.assert_close(mapped, before[0], **close)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own, in jacfwd
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_second_derivatives_of_rows_one_by_one(n):
+    layer = ahead(n)
+    x = torch.randn(3, n, dtype=torch.float64)
+    inverse = torch.linalg.inv(layer.A)
+
+    def cubed(row):
+        return (layer.inverse(row)[0] ** 3).sum()
+
+    def exact(row):
+        return ((inverse @ (row - layer.bias.detach())) ** 3).sum()
+
+    expected = torch.stack([torch.autograd.functional.hessian(exact, row) for row in x])
+    torch.testing.assert_close(torch.func.vmap(torch.func.hessian(cubed))(x), expected)
+    jacobians = torch.func.vmap(torch.func.jacfwd(lambda row: layer.inverse(row)[0]))(x)
+    torch.testing.assert_close(jacobians, inverse.expand(3, n, n))

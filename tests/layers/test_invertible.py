@@ -470,3 +470,15 @@ def test_a_wide_layer_against_the_dense_oracle(rank):
         )
         assert layer.sign == sign
         assert layer.merge() == MergeOutcome.MERGED
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nothing_is_forced_that_is_singular_to_rounding(dtype):
+    torch.manual_seed(1)
+    M = torch.randn(5, 5, dtype=torch.float64)
+    M[4] = M[0] + M[1]
+    layer = P4Inv(5, dtype=dtype)
+    with torch.no_grad():
+        layer.U.copy_((M - layer.A.double()) @ torch.linalg.inv(layer.V.double()).T)
+    assert layer.merge(force=True) == MergeOutcome.SKIPPED
+    assert torch.equal(layer.A, torch.eye(5, dtype=dtype))

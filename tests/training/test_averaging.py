@@ -105,3 +105,13 @@ assert len(hooks) > 5 and not any(hooks), hooks
 assert swa_utils.AveragedModel.__init__ is before
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+
+
+def test_an_average_in_half_precision_does_not_stand_still():
+    layer = InvertibleLinear(3, dtype=torch.bfloat16)
+    averaged = AveragedModel(layer, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.999))
+    averaged.update_parameters(layer)
+    layer.set_matrix(2 * torch.eye(3))
+    for _ in range(700):
+        averaged.update_parameters(layer)
+    torch.testing.assert_close(averaged.module.matrix_double, (2 - 0.999**700) * torch.eye(3).double())

@@ -243,6 +243,21 @@ def test_many_evaluations_within_a_step_are_refused(layer):
         MergeScheduler(layer, optimizer)
 
 
+def test_a_search_or_steps_elsewhere_are_refused_for_weights_that_are_followed():
+    class SAM(torch.optim.SGD):
+        """Evaluates the loss at shifted weights."""
+
+    layer = InvertibleLinear(N)
+    search = torch.optim.LBFGS(layer.parameters(), max_iter=1, line_search_fn="strong_wolfe")
+    with pytest.raises(ValueError, match="no line search for InvertibleLinear"):
+        MergeScheduler(layer, search)
+    with pytest.raises(ValueError, match="SAM evaluates the loss where it moves the weights"):
+        MergeScheduler(layer, SAM(layer.parameters(), lr=0.1))
+    P4 = P4Inv(N)
+    MergeScheduler(P4, SAM([P4.U, P4.bias], lr=0.1))
+    MergeScheduler(layer, torch.optim.LBFGS(layer.parameters(), max_iter=1))
+
+
 @pytest.mark.parametrize("kind", REFUSED)
 def test_unknown_optimizers_are_refused_at_their_first_step_if_they_come_later(kind):
     layer = P4Inv(N, rank=1)

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from registry import N, perturb
 from torch import nn
 
 import p4flows.tracking.group
-from p4flows import MergeScheduler, P4Inv, attach_on_first_step
+from p4flows import InvertibleLinear, MergeScheduler, P4Inv, attach_on_first_step
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=1e-2),
@@ -338,3 +339,34 @@ def test_a_layer_that_was_merged_with_others_can_be_saved_and_copied_alone(tmp_p
     other = P4Inv(N, rank=1)
     other.load_state_dict(torch.load(tmp_path / "first.pt", weights_only=True))
     torch.testing.assert_close(other.matrix, matrix)
+
+
+def repeat(function, times):
+    for _ in range(times):
+        function()
+
+
+def test_a_kind_of_layer_that_never_merges_is_not_hidden_by_others():
+    model = nn.ModuleList([P4Inv(3, bounds_det=(5.0, 6.0)), InvertibleLinear(3)])
+    scheduler = MergeScheduler(model, None, force_every=None)
+    with pytest.warns(UserWarning, match=r"100% of the last merges were skipped \(skipped_determinant \d+\)"):
+        repeat(scheduler.step, 1000)
+
+
+def test_a_weight_that_was_repaired_gives_no_warning_later(recwarn):
+    layer = InvertibleLinear(3)
+    scheduler = MergeScheduler(layer, None, force_every=None)
+    with torch.no_grad():
+        layer.weight[0, 0] = math.nan
+    scheduler.step()
+    assert [str(w.message) for w in recwarn if "not finite" in str(w.message)]
+    layer.reset()
+    state = scheduler.state_dict()
+    recwarn.clear()
+    resumed = MergeScheduler(layer, None, force_every=None)
+    resumed.load_state_dict(state)
+    repeat(resumed.step, 300)
+    assert not [str(w.message) for w in recwarn if "not finite" in str(w.message)]
+    layer.bounds_det = (5.0, 6.0)
+    with pytest.warns(UserWarning, match="of the last merges were skipped"):
+        repeat(resumed.step, 300)
