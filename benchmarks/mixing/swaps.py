@@ -94,7 +94,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_shared_arguments(parser, PROBLEMS)
     parser.add_argument("--most-couplings", type=int, default=50, help="leave deeper flows out")
     parser.add_argument("--frames", type=int, default=60_000, help="MD frames of the molecule, 0.1 ps apart")
-    parser.add_argument("--equal-time", action=BooleanOptionalAction, default=True, help="compare at equal time too (the default)")
+    parser.add_argument(
+        "--equal-time", action=BooleanOptionalAction, default=True, help="compare at equal time too (the default)"
+    )
 
 
 def add_shared_arguments(parser: ArgumentParser, problems: dict[str, Problem]) -> None:

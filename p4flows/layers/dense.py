@@ -53,7 +53,7 @@ class InvertibleLinear(Tracked, P4Layer):
 
     Attributes: parameters weight (n, n) and bias (n,) or None; A, A_inv, A_double, A_inv_double (n, n), sign_A,
     logabsdet_A, rounding () as in :class:`p4flows.P4Inv`, all buffers of the module ``tracked``; the buffer directions
-    Q (n, k), without columns where the rank is n.
+    Q (n, k), None where the rank is n.
 
     It has to be followed after every optimizer step: every second one costs much of the learning. Weight decay,
     averages and gradient clipping mean for W what they mean for ``nn.Linear``. First derivatives cost O(n²) a row;
@@ -90,7 +90,7 @@ class InvertibleLinear(Tracked, P4Layer):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    directions: Tensor
+    directions: Tensor | None
 
     def __init__(
         self,
@@ -118,9 +118,8 @@ class InvertibleLinear(Tracked, P4Layer):
             self.weight = nn.Parameter(start.A.to(dtype, copy=True))
             zero = torch.zeros(self.features, dtype=dtype)
             self.register_parameter("bias", nn.Parameter(zero) if flag("bias", bias) else None)
-            columns = self.rank if self.rank < self.features else 0
-            Q = directions(number, torch.zeros_like(number), self.features, self.rank)[:, :columns]
-            self.register_buffer("directions", Q.to(dtype, copy=True))
+            Q = directions(number, torch.zeros_like(number), self.features, self.rank).to(dtype)
+            self.register_buffer("directions", Q if self.rank < self.features else None)
         move(self, device)
 
     def extra_repr(self) -> str:
@@ -222,7 +221,7 @@ class InvertibleLinear(Tracked, P4Layer):
 
     @property
     def group_key(self) -> Hashable:
-        return self.directions.shape, self.weight.dtype, self.weight.device, self.bounds_update, self.bounds_det
+        return self.features, self.rank, self.weight.dtype, self.weight.device, self.bounds_update, self.bounds_det
 
     def merge(self, force: bool = False) -> Tensor:
         """Move A towards the weight by an update of rank k, in place, O(k n²); with rank n, to the weight.
@@ -250,9 +249,8 @@ class InvertibleLinear(Tracked, P4Layer):
         self.weight.copy_(self.A)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        if self.rank == self.features and f"{prefix}directions" in state_dict:
-            # Where the rank is full, those of a state of lower rank are of no use.
-            state_dict[f"{prefix}directions"] = self.directions
+        if self.rank == self.features:
+            state_dict.pop(f"{prefix}directions", None)  # of a state of lower rank
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def penalty(self) -> Tensor:

@@ -67,13 +67,14 @@ class Matrices:
 class Group(list):
     """Layers of one shape, each of which has a :class:`p4flows.tracking.matrix.TrackedMatrix` as ``layer.tracked``.
 
-    ``names`` are other parameters and buffers of the layers that are wanted with it.
+    ``names`` are other parameters and buffers of the layers that are wanted with it, where they are not None.
     """
 
     def __init__(self, layers: Iterable[Any], names: Sequence[str] = ()) -> None:
         super().__init__(layers)
         # A module keeps these dicts for life; looking its attributes up takes much longer.
         self._tracked = [layer.tracked.__dict__["_buffers"] for layer in self]
+        names = [name for name in names if getattr(self[0], name) is not None]
         kinds = {name: "_parameters" if name in self[0]._parameters else "_buffers" for name in names}
         self._own = {name: [layer.__dict__[kind] for layer in self] for name, kind in kinds.items()}
 

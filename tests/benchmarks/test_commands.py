@@ -204,18 +204,18 @@ def _ends(group):
 
 def test_an_interrupted_command_leaves_signals_as_they_were(monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    from benchmarks.numerics import drift
+    from benchmarks.speed import layer
 
     def interrupted(args):
         os.kill(os.getpid(), signal.SIGINT)
         for _ in range(300):  # threads that pytest and torch have started before may take the signal, too
             time.sleep(0.1)
 
-    monkeypatch.setattr(drift, "run", interrupted)
+    monkeypatch.setattr(layer, "run", interrupted)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ()), signal.getsignal(signal.SIGUSR1)
     start = time.monotonic()
     with pytest.raises(SystemExit) as ended:
-        command.main(["drift", "--out", str(tmp_path)])
+        command.main(["layer", "--out", str(tmp_path)])
     assert ended.value.code == 130
     assert time.monotonic() - start < 20
     assert capsys.readouterr().err == "\ninterrupted\n"

@@ -86,7 +86,8 @@ def test_a_weight_that_is_not_finite_is_never_followed(number, force, n):
     assert layer.merge(force) == MergeOutcome.SKIPPED
     for name, value in layer.tracked.state_dict().items():
         assert torch.equal(value, before.tracked.state_dict()[name]), name
-    assert torch.equal(layer.directions, before.directions)
+    if layer.directions is not None:
+        assert torch.equal(layer.directions, before.directions)
     with pytest.raises(ValueError, match="weight: expected invertible"):
         layer.settle()
     layer.reset()
