@@ -45,7 +45,7 @@ class InvertibleLinear(Tracked, P4Layer):
         rank: k, the rank that A follows with in one update, 1 <= k <= n; by default n up to n = 128, and 16 above.
             With rank n the update is all of E: A becomes W by an inversion in float64, which costs less than to find
             a part of E in so narrow a matrix. Up to n = 512 it is inverted too where one update leaves more than 0.5 %.
-            Otherwise there are up to four updates in one step while the weight is more than 2 % ahead.
+            Above, there are up to four updates in one step while the weight is more than 10 % ahead.
         bounds_update: (low, high) for ln σ of the singular values σ of the capacitance of an update. Outside, a half, a
             quarter or an eighth of the update is taken, or it is skipped; nothing is lost, as the rest stays in E.
         bounds_det: the same for ln|det A|; there is none by default.
@@ -180,9 +180,9 @@ class InvertibleLinear(Tracked, P4Layer):
     def lag(self) -> Tensor:
         """``‖W - A‖ / ‖A‖`` in Frobenius norms, () in float64: how far A is behind the weight.
 
-        It is zero after a step that is followed with rank n, and otherwise at most 0.5 % from n = 129 to 512. In other
-        layers up to four updates are made in a step to keep it near 2 %. Where it grows beyond, the layer learns less
-        than a dense matrix does: raise the rank or lower the learning rate.
+        It is zero after a step that is followed with rank n, and otherwise at most 0.5 % from n = 129 to 512. In wider
+        layers up to four updates are made in a step to keep it near 10 %. The larger it is, the less the layer learns
+        in a step beside a dense matrix: raise the rank or lower the learning rate.
         """
         A = self.tracked.exact[0]
         return torch.linalg.matrix_norm(self.weight.double() - A) / torch.linalg.matrix_norm(A)

@@ -23,10 +23,11 @@ from p4flows.tracking.merging import PARTS, room, sanity, update_
 
 __all__ = ["follow_"]
 
-# A follows by up to four updates at a time while ‖W - A‖ is more than 2 % of ‖A‖. In this range of widths an inversion
-# takes at most the time of a few updates, and leaves nothing; so it is made as soon as learning would suffer.
-_ROUNDS, _NEAR = 4, 0.02
-_INVERTED, _NEAR_INVERTED = range(129, 513), 0.005
+# A follows by up to four updates at a time while ‖W - A‖ is more than this part of ‖A‖: 2 % for narrow ones, 10 % for
+# wide ones, for which an update is a good part of the step. In between an inversion takes at most the time of a few
+# updates, and leaves nothing; so it is made as soon as learning would suffer.
+_ROUNDS, _NEAR, _NEAR_INVERTED, _NEAR_WIDE = 4, 0.02, 0.005, 0.1
+_INVERTED = range(129, 513)
 
 _BLOCK = 2**20  # entries of a matrix that are subtracted at a time
 
@@ -44,8 +45,9 @@ def follow_(state: Matrices, *, force: bool, bounds_update: Bounds, bounds_det: 
     """
     options: dict[str, Any] = {"force": force, "bounds_update": bounds_update, "bounds_det": bounds_det}
     first, lag = _update(state, torch.ones_like(state.logabsdet, dtype=torch.bool), **options)
-    inverted = state.A.shape[-1] in _INVERTED
-    near = _NEAR_INVERTED if inverted else _NEAR
+    n = state.A.shape[-1]
+    inverted = n in _INVERTED
+    near = _NEAR_INVERTED if inverted else _NEAR if n < _INVERTED.start else _NEAR_WIDE
     for _ in range(1, _ROUNDS):
         # Each by itself, so that no layer depends on those that it is followed together with.
         behind = (lag > near) & (first == MergeOutcome.MERGED)
