@@ -7,17 +7,12 @@ from argparse import ArgumentParser, ArgumentTypeError
 
 import torch
 
-__all__ = ["add_device", "file_name", "now"]
+__all__ = ["add_device", "now"]
 
 
 def add_device(parser: ArgumentParser) -> None:
     """Add ``--device``, a torch.device in the arguments."""
     parser.add_argument("--device", type=_device, default="cpu", help="where to measure: cpu or cuda")
-
-
-def file_name(command: str, device: torch.device) -> str:
-    """That of a command's results without ``.json``; those of a GPU lie beside those of the processor."""
-    return command if device.type == "cpu" else f"{command}_{device.type}"
 
 
 def now(device: torch.device) -> float:
