@@ -20,11 +20,12 @@ from benchmarks.harness.output import file_name
 from benchmarks.harness.parts import part
 from benchmarks.mixing.mixes import PERMUTATIONS
 from benchmarks.speed.wide_claims import claims
+from benchmarks.speed.wide_curves import BOTH, GAUSSIAN
 from benchmarks.speed.wide_data import PROBLEMS
 from benchmarks.speed.wide_figure import draw
 from benchmarks.speed.wide_rates import choose_rates
 from benchmarks.speed.wide_table import table
-from benchmarks.speed.wide_training import BOTH, train
+from benchmarks.speed.wide_training import train
 
 __all__ = ["FILES", "KEPT", "METHODS", "PICTURE", "add_arguments", "claims", "run", "table"]
 
@@ -32,7 +33,7 @@ FILES = ("wide.json", "wide.png", "wide_all.png")
 KEPT = "--parts"
 PICTURE = draw
 
-WIDTHS = {"patches": (576, 1024, 2304, 4096), "gaussian": (512, 1024, 2048, 4096)}
+WIDTHS = {"patches": (576, 1024, 2304, 4096), GAUSSIAN: (512, 1024, 2048, 4096)}
 # By the name on the command line: the name in tables, and what `mixing.mixes.put_between` makes of it.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "reversed": ("reversed", {"mix": "reversed"}),
@@ -45,8 +46,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "InvertibleLinear": ("InvertibleLinear", {"mix": "InvertibleLinear"}),
 }
 _FORWARD = "forward"
-_DIRECTIONS = {"patches": [_FORWARD], "gaussian": [_FORWARD, BOTH]}  # by default: only the latter has a true energy
-_FEATURES_A_SECOND = {"patches": 48, "gaussian": 96}  # of the default budget; a step on patches has two mixes in it
+_DIRECTIONS = {"patches": [_FORWARD], GAUSSIAN: [_FORWARD, BOTH]}  # by default: only the latter has a true energy
+_FEATURES_A_SECOND = {"patches": 48, GAUSSIAN: 96}  # of the default budget; a step on patches has two mixes in it
 _BATCH, _HIDDEN = 128, 32
 _QUICK_WIDTH, _QUICK_BUDGET = 64, 0.2
 _NARROW = 1024  # up to which there is more than one seed

@@ -6,20 +6,25 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["OURS", "Case", "Cases", "best_of_ours", "by_case", "earlier", "end", "kept"]
+__all__ = ["BOTH", "GAUSSIAN", "OURS", "Kind", "Methods", "best_of_ours", "by_case", "earlier", "end", "kept"]
 
-Case = tuple[str, str, int, int]
-"""Problem, directions, couplings and n."""
-
-Cases = dict[Case, dict[str, list[dict[str, Any]]]]
-"""For every case and method the rows of all seeds."""
+GAUSSIAN = "gaussian"
+BOTH = "both"
+"""The problem whose optimum is known, and the directions of a training that is not forward only."""
 
 OURS = ("P4Inv", "InvertibleLinear")
+"""How the names of our methods begin."""
+
+Kind = tuple[str, str, int]
+"""Problem, directions and couplings."""
+
+Methods = dict[str, list[dict[str, Any]]]
+"""The rows of all seeds by the method."""
 
 
-def by_case(results: dict[str, Any]) -> Cases:
-    """The rows of the results."""
-    found: Cases = {}
+def by_case(results: dict[str, Any]) -> dict[tuple[str, str, int, int], Methods]:
+    """The rows of the results, by kind and n."""
+    found: dict[tuple[str, str, int, int], Methods] = {}
     for row in results["rows"]:
         case = row["problem"], row["directions"], row["couplings"], row["n"]
         found.setdefault(case, {}).setdefault(row["method"], []).append(row)
@@ -39,7 +44,7 @@ def end(rows: list[dict[str, Any]]) -> float:
     return float(np.mean([kept(row)[-1] for row in rows]))
 
 
-def best_of_ours(methods: dict[str, list[dict[str, Any]]]) -> str | None:
+def best_of_ours(methods: Methods) -> str | None:
     """Our method with the lowest validation NLL, for which no test row is looked at; None if none of ours was run."""
     ours = [method for method in methods if method.startswith(OURS)]
     return min(ours, key=lambda method: np.mean([min(row["validation"]) for row in methods[method]]), default=None)

@@ -11,6 +11,8 @@ import torch
 from sklearn.datasets import load_sample_images
 from torch import Generator, Tensor
 
+from benchmarks.speed.wide_curves import GAUSSIAN
+
 __all__ = ["PROBLEMS", "Gaussian", "Patches", "Source", "load"]
 
 _BLOCK = (106, 128)  # pixels; four by five of them are in a photograph
@@ -51,7 +53,7 @@ class Patches:
             raise ValueError(f"n: expected the square of a number up to {height}, got {n}")
         blocks: dict[str, list[Tensor]] = {"validation": [], "test": [], "training": []}
         for i, image in enumerate(load_sample_images().images):
-            gray = torch.from_numpy(image).to(device, torch.float32).mean(-1)
+            gray = torch.tensor(image, dtype=torch.float32, device=device).mean(-1)
             for row in range(gray.shape[0] // height):
                 for column in range(gray.shape[1] // width):
                     kind = ("validation", "test", *["training"] * (_PARTS - 2))[(column + 2 * row + i) % _PARTS]
@@ -121,7 +123,7 @@ def _hartley(x: Tensor) -> Tensor:
     return found.real - found.imag
 
 
-PROBLEMS: dict[str, Callable[[int, torch.device], Source]] = {"patches": Patches, "gaussian": Gaussian}
+PROBLEMS: dict[str, Callable[[int, torch.device], Source]] = {"patches": Patches, GAUSSIAN: Gaussian}
 
 
 @lru_cache(2)

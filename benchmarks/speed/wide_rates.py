@@ -12,7 +12,7 @@ __all__ = ["GRID", "choose_rates", "climb"]
 
 GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
-_START = {"mix_rate": 1e-3, "net_rate": 3e-3}
+_START = {"mix_rate": 3e-4, "net_rate": 3e-3}
 _SHARE = 0.25  # of the budget, for each rate that is tried
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +13,11 @@ from torch import Tensor
 
 from benchmarks.harness.device import now
 from benchmarks.mixing.training import CLIP, build
+from benchmarks.speed.wide_curves import BOTH
 from benchmarks.speed.wide_data import Source, load
 from p4flows import MergeScheduler
 
-__all__ = ["BOTH", "train"]
-
-BOTH = "both"
-"""Of the ``directions``; the other is forward."""
+__all__ = ["train"]
 
 _PARTS = ("validation", "test")
 _HELD_OUT = 400  # rows of each
@@ -50,7 +47,6 @@ def train(
     training whose NLL is not finite ends there. Then what became of the merges, and how many cores it had: less than
     there are threads where the machine did something else as well; and the least test NLL that is possible, if known.
     """
-    warnings.filterwarnings("ignore", category=UserWarning)  # nflows' own
     place = torch.device(device)
     # What happens once in a process must not count: libraries are loaded, and kernels chosen.
     for step in [_begin(load(problem, 16, place), directions, batch, seed, place, options)[1]] * _WARM_UP:
