@@ -145,7 +145,16 @@ def test_a_rate_that_diverges_is_the_worst():
 
 
 def row(method, test, validation=None, **more):
-    case = {"problem": "patches", "directions": "forward", "couplings": 2, "n": 2304, "budget": 8.0, "seed": 0}
+    case = {
+        "problem": "patches",
+        "directions": "forward",
+        "couplings": 2,
+        "n": 2304,
+        "budget": 8.0,
+        "seed": 0,
+        "device": "cpu",
+        "cores": 1.4,
+    }
     seconds = [0.0, 1.0, 2.0, 4.0, 8.0]
     return {**case, "method": method, "seconds": seconds, "steps": [0, 1, 2, 4, 8], "test": test} | {
         "validation": validation or test,
@@ -181,15 +190,19 @@ def test_claims_are_judged_by_their_rules():
     assert [(claim["ours"], claim["holds"]) for claim in found] == [
         ("4.0, P4Inv, rank 8", True),
         ("8.0, P4Inv, rank 8", True),
+        ("at least 1.40", True),
         ("1 of 1", True),
     ]
     slow = row("P4Inv, rank 8", [5, 5, 5, 5, 4.5])
-    assert [(claim["ours"].split(",")[0], claim["holds"]) for claim in claims({"rows": [*others, slow]})] == [
+    busy = {**slow, "cores": 0.5}
+    assert [(claim["ours"].split(",")[0], claim["holds"]) for claim in claims({"rows": [*others, busy]})] == [
         ("not", False),
         ("not", False),
+        ("at least 0.50", False),
         ("0 of 1", False),
     ]
-    assert claims({"rows": [*others, {**ours, "n": 1024}]}) == []  # nothing that could be compared
+    elsewhere = [{**found, "device": "cuda"} for found in (*others, {**ours, "n": 1024})]
+    assert claims({"rows": elsewhere}) == []  # nothing that could be compared
 
 
 # --- the command --------------------------------------------------------------------------------------------
