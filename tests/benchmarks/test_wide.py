@@ -111,6 +111,23 @@ def test_only_steps_count_into_the_budget(monkeypatch, directions):
     assert len(wide_training.train(n=16, budget=20, looks=1, **gaussian)["steps"]) == 2
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_no_row_for_training_is_held_out(monkeypatch, seed):
+    drawn = {"training": [], "validation": [], "test": []}
+
+    def draw(source, count, generator, part="training", draw=Gaussian.draw):
+        x = draw(source, count, generator, part)
+        drawn[part].append(x)
+        return x
+
+    monkeypatch.setattr(Gaussian, "draw", draw)
+    gaussian = {"problem": "gaussian", "couplings": 0, "mix": "dense", "directions": "forward"}
+    wide_training.train(n=12, budget=0.01, **{**SETTING, **gaussian, "seed": seed})
+    found = {part: {tuple(x) for rows in drawn[part] for x in rows.tolist() if len(x) == 12} for part in drawn}
+    assert len(found["validation"]) == len(found["test"]) == 400
+    assert len(set.union(*found.values())) == sum(map(len, found.values()))
+
+
 def test_a_training_that_diverges_ends_early():
     patches = {**SETTING, "problem": "patches", "couplings": 2, "mix": "reversed", "directions": "forward"}
     result = wide_training.train(n=16, budget=20, **patches | {"net_rate": 1e12})
