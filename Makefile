@@ -2,13 +2,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-numpy2 lint docs install
+.PHONY: help demo gpu test test-numpy2 lint docs install
 
 help:  ## what there is to make
 	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: install  ## alanine dipeptide with fixed and with learned swaps: a table, a picture and two flows in out/: 10 minutes on two cores
 	$(BIN)/python -m benchmarks demo
+
+gpu: install  ## the benchmarks cost, step and wide on a GPU, if torch sees one: about two hours
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		for name in cost step wide; do $(BIN)/python -m benchmarks $$name --device cuda || exit 1; done; \
+	else \
+		echo "make gpu: nothing was run, since torch sees no GPU here"; \
+	fi
 
 test: install  ## all tests and doctests: 10 minutes on two cores
 	$(BIN)/python -m pytest -n auto

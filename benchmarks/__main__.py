@@ -32,6 +32,10 @@ COMMANDS = {
     "merge": ("speed.merge", "time of a merge"),
     "step": ("speed.step", "time of a training step of deep networks, eager and compiled"),
     "layer": ("speed.layer", "time of a whole training step of one linear layer by its width"),
+    "wide": (
+        "speed.wide",
+        "wide flows with permutations, LU, dense and our layers as swaps, at equal wall-clock",
+    ),
     "bridge": ("speed.bridge", "energies and forces a second, beside bgflow's bridge"),
     "drift": ("numerics.drift", "errors of inverse and log-determinant over up to 100,000 merges"),
     "swaps": (

@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["RESULTS", "SCRATCH", "add_output", "settle_output"]
+__all__ = ["RESULTS", "SCRATCH", "add_output", "file_name", "settle_output"]
 
 RESULTS = Path(__file__).parents[1] / "results"
 SCRATCH = Path("out")
@@ -48,6 +48,12 @@ def settle_output(args: Namespace) -> None:
     if "kept" in args:
         args.kept = args.kept or (SCRATCH / "quick" if quick else SCRATCH) / args.name
         _try(args.kept_option, args.kept, ())
+
+
+def file_name(args: Namespace) -> str:
+    """That of a command's results, without ``.json``: those of a GPU lie beside those of the processor."""
+    device = getattr(args, "device", None)
+    return args.name if device is None or device.type == "cpu" else f"{args.name}_{device.type}"
 
 
 def _try(option: str, folder: Path, files: Sequence[str]) -> None:

@@ -33,6 +33,7 @@ TABLES = {
     "layer summary": "speed.layer",
     "merge": "speed.merge",
     "step": "speed.step",
+    "wide": "speed.wide",
     "bridge": "speed.bridge",
     "drift": "numerics.drift",
     "swaps": "mixing.swaps",

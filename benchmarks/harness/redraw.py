@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.output import file_name
+
 __all__ = ["add_redraw"]
 
 
@@ -19,8 +21,9 @@ def add_redraw(
     def either(args: Namespace) -> Any:
         if not args.redraw:
             return run(args)
-        results = json.loads((args.out / f"{name}.json").read_text())
-        print(draw(results, args.out / f"{name}.png"))
+        stem = file_name(args)
+        results = json.loads((args.out / f"{stem}.json").read_text())
+        print(draw(results, args.out / f"{stem}.png"))
         return None
 
     text = f"measure nothing, but draw {name}.png again from the {name}.json in the folder of --out"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from nflows.flows import Flow
 from nflows.transforms import (
@@ -14,6 +16,7 @@ from nflows.transforms import (
 )
 from torch import Tensor, nn
 
+from benchmarks.mixing.masked_lu import MaskedLU
 from p4flows.nflows import InvertibleLinear, P4InvLinear, replace_permutations
 
 __all__ = ["MIXES", "PERMUTATIONS", "Dense", "put_between"]
@@ -44,8 +47,9 @@ def _halves(features: int) -> Permutation:
 
 
 PERMUTATIONS = {"alternating masks": _halves, "reversed": ReversePermutation, "random": RandomPermutation}
+_LU = {"LU": partial(LULinear, identity_init=True), "masked LU": MaskedLU}
 _P4 = {"P4Inv": P4InvLinear, "InvertibleLinear": InvertibleLinear}
-MIXES = (*PERMUTATIONS, "LU", "dense", *_P4)
+MIXES = (*PERMUTATIONS, *_LU, "dense", *_P4)
 
 
 def put_between(
@@ -58,8 +62,8 @@ def put_between(
     for i, transform in enumerate(transforms):
         if isinstance(transform, Permutation):
             permutation = PERMUTATIONS[mix if mix in PERMUTATIONS else start](features)
-            if mix == "LU":
-                transforms[i] = CompositeTransform([permutation, LULinear(features, identity_init=True)])
+            if mix in _LU:
+                transforms[i] = CompositeTransform([permutation, _LU[mix](features)])
             else:
                 transforms[i] = Dense(permutation) if mix == "dense" else permutation
     if mix in _P4:

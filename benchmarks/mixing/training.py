@@ -10,20 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nflows.distributions import StandardNormal
 from nflows.flows import Flow
-from nflows.transforms import LULinear
+from nflows.transforms import CompositeTransform, LULinear, ReversePermutation
 from torch import Tensor, nn
+from torch.optim import Adam
 from tqdm import tqdm
 
 from benchmarks.harness.parts import part
 from benchmarks.mixing.data import load
+from benchmarks.mixing.masked_lu import MaskedLU
 from benchmarks.mixing.mixes import Dense, put_between
 from benchmarks.paper.realnvp import real_nvp
 from benchmarks.paper.splines import spline_flow
 from p4flows import MergeScheduler
 from p4flows.perturbation import P4Layer
 
-__all__ = ["begin", "train", "train_all"]
+__all__ = ["CLIP", "begin", "build", "train", "train_all"]
+
+CLIP = 10.0
+"""The largest norm of a step's gradients."""
 
 _LOOKS = 20
 
@@ -61,40 +67,11 @@ def train(data: str, seed: int, steps: int, frames: int, **options: Any) -> dict
 
 
 def begin(
-    x: Tensor,
-    couplings: int,
-    mix: str,
-    seed: int,
-    steps: int,
-    batch: int,
-    hidden: int,
-    net_rate: float,
-    mix_rate: float | None = None,
-    rank: int | None = None,
-    start: str = "reversed",
-    splines: bool = False,
-    **merging: Any,
+    x: Tensor, seed: int, steps: int, batch: int, **options: Any
 ) -> tuple[Flow, Callable[[], None], MergeScheduler | None]:
-    """A new flow on rows like x, what trains it by one step, and its merge scheduler.
-
-    ``net_rate`` is the learning rate of the couplings' networks, ``mix_rate`` that of all that is learned between the
-    couplings; ``rank`` that of P4 layers; ``start`` the permutation that a learned mix starts from; with ``splines``
-    the couplings are not those of RealNVP; ``merging`` are options of MergeScheduler.
-    """
-    torch.manual_seed(seed)
-    features = x.shape[1]
-    flow = (spline_flow if splines else real_nvp)(features, couplings, hidden)
-    put_between(flow, features, mix, rank, seed, start)
-    learned = [p for module in flow.modules() for p in _learned(module)]
-    ids = {id(p) for p in learned}
-    groups = [{"params": [p for p in flow.parameters() if id(p) not in ids and p.requires_grad]}]
-    if learned:
-        groups.append({"params": learned, "lr": net_rate if mix_rate is None else mix_rate})
-    optimizer = torch.optim.Adam(groups, lr=net_rate)
+    """A new flow on rows like x, what trains it by one step, and its merge scheduler; ``options`` of :func:`build`."""
+    flow, optimizer, scheduler = build(x.shape[1], seed=seed, **options)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    scheduler = None
-    if any(isinstance(module, P4Layer) for module in flow.modules()):
-        scheduler = MergeScheduler(flow, optimizer, **merging).attach()
     generator = torch.Generator().manual_seed(seed)
 
     def step() -> None:
@@ -102,15 +79,55 @@ def begin(
         optimizer.zero_grad()
         loss = -flow.log_prob(x[rows]).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(flow.parameters(), 10.0)
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), CLIP)
         optimizer.step()
         schedule.step()
 
     return flow, step, scheduler
 
 
+def build(
+    features: int,
+    couplings: int,
+    mix: str,
+    seed: int,
+    hidden: int,
+    net_rate: float,
+    mix_rate: float | None = None,
+    rank: int | None = None,
+    start: str = "reversed",
+    splines: bool = False,
+    device: torch.device | str = "cpu",
+    **merging: Any,
+) -> tuple[Flow, Adam, MergeScheduler | None]:
+    """A new flow, its optimizer, and its merge scheduler, which is attached.
+
+    Without couplings the flow is one mix alone, a linear map. ``net_rate`` is the learning rate of the couplings'
+    networks, ``mix_rate`` that of all that is learned between the couplings; ``rank`` that of P4 layers; ``start`` the
+    permutation that a learned mix starts from; with ``splines`` the couplings are not those of RealNVP; ``merging`` are
+    options of MergeScheduler.
+    """
+    torch.manual_seed(seed)
+    if couplings:
+        flow = (spline_flow if splines else real_nvp)(features, couplings, hidden)
+    else:
+        flow = Flow(CompositeTransform([ReversePermutation(features)]), StandardNormal([features]))
+    put_between(flow, features, mix, rank, seed, start).to(device)
+    learned = [p for module in flow.modules() for p in _learned(module)]
+    ids = {id(p) for p in learned}
+    others = [p for p in flow.parameters() if id(p) not in ids and p.requires_grad]
+    groups = [{"params": others, "lr": net_rate}] if others else []
+    if learned:
+        groups.append({"params": learned, "lr": net_rate if mix_rate is None else mix_rate})
+    optimizer = Adam(groups)
+    scheduler = None
+    if any(isinstance(module, P4Layer) for module in flow.modules()):
+        scheduler = MergeScheduler(flow, optimizer, **merging).attach()
+    return flow, optimizer, scheduler
+
+
 def _learned(module: nn.Module) -> Iterable[nn.Parameter]:
-    mixes = isinstance(module, P4Layer | Dense | LULinear)
+    mixes = isinstance(module, P4Layer | Dense | LULinear | MaskedLU)
     return [p for p in module.parameters() if p.requires_grad] if mixes else []
 
 

@@ -14,7 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from benchmarks.harness.bgflow_checkout import find_bgflow
+from benchmarks.harness.device import add_device
 from benchmarks.harness.environment import save
+from benchmarks.harness.output import file_name
 from benchmarks.speed.cost_figure import draw
 from benchmarks.speed.layers import METHODS, Evaluation
 
@@ -34,13 +36,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 256], help="batch sizes")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each width, batch and direction")
-    parser.add_argument("--device", default="cpu", help="where to measure: cpu or cuda")
+    add_device(parser)
 
 
 def run(args: Namespace) -> dict[str, Any]:
     warnings.filterwarnings("ignore")  # the peers' deprecations
     find_bgflow()
-    device = torch.device(args.device)
+    device, file = args.device, file_name(args)
     rows: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     slow: set[tuple[str, str]] = set()
@@ -74,10 +76,9 @@ def run(args: Namespace) -> dict[str, Any]:
                             "peak_mib": _peak_memory(candidates[name], x) / 2**20 if seconds < 0.1 * n / 512 else None,
                         }
                     )
-        name = "cost" if device.type == "cpu" else f"cost_{device.type}"
         results = {"device": str(device), "rows": rows, "exponents": _exponents(rows), "left_out": left_out}
-        save(name, results, args.out)  # after every width, so that an interruption loses little
-    print(draw(results, args.out / f"{name}.png"))
+        save(file, results, args.out)  # after every width, so that an interruption loses little
+    print(draw(results, args.out / f"{file}.png"))
     print(table(results))
     return results
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -14,7 +13,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.harness.bgflow_checkout import find_bgflow
+from benchmarks.harness.device import add_device, now
 from benchmarks.harness.environment import save
+from benchmarks.harness.output import file_name
 from benchmarks.paper.realnvp import real_nvp
 from p4flows import BentIdentity, MergeScheduler, P4Inv, P4InvStack
 from p4flows.nflows import InvertibleLinear, P4InvLinear, replace_permutations
@@ -32,6 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--couplings", type=int, default=50, help="of the alanine dipeptide flow")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each, of which the median is taken")
     parser.add_argument("--compile", action="store_true", help="with torch.compile too: some minutes")
+    add_device(parser)
 
 
 def run(args: Namespace) -> dict[str, Any]:
@@ -40,23 +42,23 @@ def run(args: Namespace) -> dict[str, Any]:
     for network, jobs in (("stack", _stacks(args)), ("flow", _flows(args))):
         compile_seconds = {}
         for name, step in tqdm(jobs.items(), desc=f"first steps, {network}"):
-            start = time.perf_counter()
+            start = now(args.device)
             step()
             if "compiled" in name:
-                compile_seconds[name] = time.perf_counter() - start
+                compile_seconds[name] = now(args.device) - start
         times: dict[str, list[float]] = {name: [] for name in jobs}
         for _ in tqdm(range(args.rounds), desc=network):
             for name, step in jobs.items():
                 for repeat in range(4):
-                    start = time.perf_counter()
+                    start = now(args.device)
                     step()
                     if repeat:  # caches and threads are those of the job before
-                        times[name].append(1000 * (time.perf_counter() - start))
+                        times[name].append(1000 * (now(args.device) - start))
         for name, values in times.items():
             row = {"network": network, "method": name, "ms": statistics.median(values)}
             rows.append(row | ({"first_step_s": compile_seconds[name]} if name in compile_seconds else {}))
-    results = {"depth": args.depth, "couplings": args.couplings, "rows": rows}
-    print(save("step", results, args.out))
+    results = {"device": str(args.device), "depth": args.depth, "couplings": args.couplings, "rows": rows}
+    print(save(file_name(args), results, args.out))
     print(table(results))
     return results
 
@@ -102,26 +104,28 @@ def _in_turn(layers: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _stacks(args: Namespace) -> dict[str, Step]:
-    x = torch.randn(200, 2)
-    layers = nn.ModuleList(P4Inv(2, rank=1, seed=i) for i in range(args.depth))
-    jobs = {"P4InvStack": _training(stack := P4InvStack(2, args.depth, 1), stack, x, MergeScheduler)}
+    place = args.device
+    x = torch.randn(200, 2, device=place)
+    layers = nn.ModuleList(P4Inv(2, rank=1, seed=i) for i in range(args.depth)).to(place)
+    stack = P4InvStack(2, args.depth, 1).to(place)
+    jobs = {"P4InvStack": _training(stack, stack, x, MergeScheduler)}
     if args.compile:
-        stack = P4InvStack(2, args.depth, 1)
+        stack = P4InvStack(2, args.depth, 1).to(place)
         jobs["P4InvStack, compiled"] = _training(stack, torch.compile(stack, fullgraph=True), x, MergeScheduler)
     jobs["separate P4Inv"] = _training(layers, lambda x: _in_turn(layers, x), x, MergeScheduler)
     for models in args.models:
-        stack = P4InvStack(2, args.depth, 1, models=models)
+        stack = P4InvStack(2, args.depth, 1, models=models).to(place)
         jobs[f"P4InvStack, {models} models"] = _training(stack, stack, x.expand(models, -1, -1), MergeScheduler)
     if find_bgflow():
         from bgflow import InvertiblePPPP, PPPPScheduler
 
-        peers = nn.ModuleList(InvertiblePPPP(2, penalty_parameter=0.0) for _ in range(args.depth))
+        peers = nn.ModuleList(InvertiblePPPP(2, penalty_parameter=0.0) for _ in range(args.depth)).to(place)
         jobs["bgflow InvertiblePPPP"] = _training(peers, lambda x: _in_turn(peers, x), x, _Tenth(PPPPScheduler))
     return jobs
 
 
 def _flows(args: Namespace) -> dict[str, Step]:
-    x = torch.randn(256, 60)
+    x = torch.randn(256, 60, device=args.device)
     jobs = {}
     for name, swap, rank in (
         ("RealNVP", None, None),
@@ -132,7 +136,7 @@ def _flows(args: Namespace) -> dict[str, Step]:
             flow = real_nvp(60, args.couplings)
             if swap:
                 replace_permutations(flow, rank, layer=swap)
-            transform = flow._transform
+            transform = flow.to(args.device)._transform
             function = torch.compile(transform, fullgraph=True) if compiled else transform
             scheduler = MergeScheduler if swap else lambda model, optimizer: None
             jobs[f"{name}, compiled" if compiled else name] = _training(transform, function, x, scheduler)

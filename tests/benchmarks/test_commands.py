@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import SUPPRESS, ArgumentParser
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from importlib import import_module
 from pathlib import Path
 
@@ -16,10 +16,12 @@ import pytest
 
 from benchmarks import __main__ as command
 from benchmarks.harness import readme
-from benchmarks.harness.output import RESULTS, add_output, settle_output
+from benchmarks.harness.output import RESULTS, add_output, file_name, settle_output
 
 ROOT = Path(readme.README).parent
-QUICK = ("linear", "density2d", "alanine_dipeptide", "mnist", "swaps", "splines", "perturbation", "properties")
+QUICK = (
+    *("linear", "density2d", "alanine_dipeptide", "mnist", "swaps", "splines", "perturbation", "properties", "wide"),
+)
 
 
 def parser_of(name):
@@ -145,6 +147,28 @@ def test_an_unwritable_file_or_folder_of_unfinished_runs_is_an_error_too(tmp_pat
     (tmp_path / "b").touch()
     with pytest.raises(ValueError, match=r"^--parts: cannot write to .*b: File exists$"):
         settle_output(parser.parse_args(["--out", str(tmp_path / "c"), "--parts", str(tmp_path / "b")]))
+
+
+# --- where to measure ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cost", "step", "wide"])
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99"])
+def test_a_device_that_is_not_there(name, device, capsys):
+    parser = parser_of(name)
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--device", device])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith(f"argument --device: expected cpu, or cuda where torch sees a GPU, got {device!r}")
+
+
+def test_results_of_a_gpu_lie_beside_the_others():
+    torch = pytest.importorskip("torch")
+    args = parser_of("step").parse_args([])
+    assert (args.device, file_name(args)) == (torch.device("cpu"), "step")
+    assert file_name(Namespace(name="step", device=torch.device("cuda"))) == "step_cuda"
+    assert file_name(Namespace(name="layer")) == "layer"
 
 
 # --- Ctrl-C -------------------------------------------------------------------------------------------------
@@ -289,3 +313,12 @@ def test_make_prints_what_there_is_to_make():
     targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
     assert [line.split()[1] for line in text.splitlines()] == targets
     assert all(len(line.split()) > 4 for line in text.splitlines())
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_gpu_says_in_one_line_that_there_is_none():
+    bin_folder = Path(sys.executable).parent
+    command_line = ["make", "--no-print-directory", "-o", "install", "gpu", f"BIN={bin_folder}"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command_line, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    assert result.stdout == "make gpu: nothing was run, since torch sees no GPU here\n"

@@ -8,10 +8,12 @@ pytest.importorskip("openmm")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
+from nflows.transforms import LULinear
 from running import call
 
 from benchmarks.mixing import perturbation, swaps, training
 from benchmarks.mixing.data import load
+from benchmarks.mixing.masked_lu import MaskedLU
 from benchmarks.mixing.mixes import MIXES, PERMUTATIONS, put_between
 from benchmarks.paper.realnvp import real_nvp
 
@@ -34,6 +36,41 @@ def test_mixes_between_couplings(mix, start):
     torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], flow._transform(x)[1][0], rtol=1e-4, atol=1e-4)
     flow.log_prob(x).mean().backward()
     assert all(p.grad is not None for p in flow.parameters() if p.requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_masked_lu_is_the_lu_of_nflows(direction):
+    n = 5
+    theirs, ours = LULinear(n, identity_init=False), MaskedLU(n)
+    with torch.no_grad():
+        theirs.bias.normal_()
+        ours.triangles[theirs.lower_indices] = theirs.lower_entries
+        ours.triangles[theirs.upper_indices] = theirs.upper_entries
+        ours.diagonal.copy_(theirs.unconstrained_upper_diag)
+        ours.bias.copy_(theirs.bias)
+    x, weights = torch.randn(7, n), torch.randn(7, n)
+    for layer in (theirs, ours):
+        y, logabsdet = getattr(layer, direction)(x)
+        ((weights * y).sum() + 3 * logabsdet.sum()).backward()
+    torch.testing.assert_close(getattr(ours, direction)(x), getattr(theirs, direction)(x), rtol=1e-4, atol=1e-5)
+    gradient = ours.triangles.grad
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(gradient[theirs.lower_indices], theirs.lower_entries.grad, **close)
+    torch.testing.assert_close(gradient[theirs.upper_indices], theirs.upper_entries.grad, **close)
+    torch.testing.assert_close(ours.diagonal.grad, theirs.unconstrained_upper_diag.grad, **close)
+    assert not gradient.diagonal().any()
+
+
+def test_without_couplings_the_flow_is_one_mix():
+    flow, optimizer, scheduler = training.build(6, 0, "P4Inv", seed=0, hidden=8, net_rate=1e-3, mix_rate=1e-2, rank=2)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2]
+    x = torch.randn(8, 6)
+    assert flow.transform_to_noise(x).equal(x.flip(-1))
+    (-flow.log_prob(x).mean()).backward()
+    optimizer.step()
+    assert scheduler.steps == 1
+    assert not flow.transform_to_noise(x).equal(x.flip(-1))
 
 
 def test_swaps(monkeypatch, tmp_path):
