@@ -86,9 +86,7 @@ def _look_at(folder: Path) -> CachedSimulation:
         description = json.loads((folder / "about.json").read_text())
     except (OSError, ValueError):  # written before there were descriptions
         description = {}
-    return CachedSimulation(
-        folder.name, folder, size, (folder / "frames.npy").exists(), is_in_use(folder), description
-    )
+    return CachedSimulation(folder.name, folder, size, (folder / "frames.npy").exists(), is_in_use(folder), description)
 
 
 def _stat(path: Path, name: str) -> float:

@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+import openmm
 
 from p4flows.molecules.cache import save
 from p4flows.molecules.replicas import Replicas
@@ -42,7 +43,12 @@ def trajectory(settings: dict, chain: int, count: int) -> tuple[np.ndarray, dict
     """The same frames in one go, without files: for processes on other machines. Frames (count, ...) and summary.
 
     In one process, trajectories of the Reference platform take turns.
+
+    Raises:
+        RuntimeError: where another version of OpenMM is installed than where the simulation was asked for.
     """
+    if settings["openmm"] != openmm.version.version:  # the cache would keep the frames as those of the other one
+        raise RuntimeError(f"expected OpenMM {settings['openmm']}, as its caller has, got {openmm.version.version}")
     with contextlib.nullcontext() if settings.get("platform") == "CPU" else _turns:
         simulation = _make(settings, chain)
         simulation.start(settings["positions"], settings["equilibration"])

@@ -24,14 +24,19 @@ def spawn(target: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Co
     interpreter is up and reads them, no more than a pipe holds (64 kB) can be sent without waiting.
 
     Raises:
-        RuntimeError: as :func:`check_started`.
+        RuntimeError: as :func:`check_started`, and for a process that dies while it starts.
     """
     check_started()
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
-    process.start()
-    theirs.close()
+    try:
+        process.start()
+    except BrokenPipeError:  # more arguments than the pipe holds, and nobody to read them
+        ours.close()
+        raise RuntimeError(f"a worker died while it started; note that {_GUARD}") from None
+    finally:
+        theirs.close()
     return process, ours
 
 
