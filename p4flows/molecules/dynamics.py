@@ -28,9 +28,10 @@ def chunks(folder: Path, chain: int, count: int) -> list[Path]:
     return [folder / f"chain-{chain}-{start}.npy" for start in range(0, count, _CHUNK)]
 
 
-def run(connection: Connection, settings: dict, chain: int, count: int, folder: str) -> None:
-    """Simulate, and send the numbers of new frames, then what there is to tell of the run; or the error."""
+def run(connection: Connection, chain: int, count: int, folder: str) -> None:
+    """Receive settings, simulate, and send the numbers of new frames, then what there is to tell; or the error."""
     try:
+        settings = connection.recv()
         simulation = _make(settings, chain)
         for done in _simulate_chain(simulation, settings, chain, count, Path(folder)):
             connection.send(done)
