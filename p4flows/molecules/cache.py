@@ -9,6 +9,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -17,7 +18,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]  # the usual way to say that a module is not there
 
-__all__ = ["is_in_use", "root", "save", "workplace"]
+__all__ = ["is_in_use", "remove", "root", "save", "workplace"]
 
 
 def root(cache: str | os.PathLike | None) -> Path:
@@ -49,14 +50,14 @@ def workplace(folder: Path, wait: Callable[[], None]) -> Iterator[Path]:
     wait. The system releases the lock of a process that was killed. Where files cannot be locked, it is a new folder
     inside, which is removed at the end, so that every caller does the work for itself.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a") as file:
-        if _lock(file.fileno(), wait):
+    lock = _take(folder, wait)
+    if lock is not None:
+        with lock:
             try:
                 yield folder
             finally:
-                fcntl.flock(file, fcntl.LOCK_UN)
-            return
+                fcntl.flock(lock, fcntl.LOCK_UN)  # a forked process may have the file open for longer
+        return
     private = Path(tempfile.mkdtemp(prefix="private-", dir=folder))
     try:
         yield private
@@ -68,14 +69,51 @@ def is_in_use(folder: Path) -> bool:
     """Whether another process or thread has the folder as its :func:`workplace`; False where that cannot be known."""
     if fcntl is None or not (folder / "lock").exists():
         return False
-    with open(folder / "lock", "a") as file:
+    try:
+        with open(folder / "lock", "a") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, so that two who look do not see each other
+    except BlockingIOError:
+        return True
+    except OSError:  # removed in between, or some network file systems
+        return False
+    return False
+
+
+def remove(folder: Path) -> bool:
+    """Remove a folder with all that is in it; False if another process or thread has it as its :func:`workplace`.
+
+    Raises:
+        OSError: for what cannot be removed.
+    """
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                file = held.enter_context(open(folder / "lock", "a"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            return False
+        except FileNotFoundError:  # somebody else was faster
             return True
         except OSError:  # some network file systems
-            return False
-    return False
+            pass
+        # All at once: whoever waits for the lock finds that it is not that of the folder any more.
+        aside = folder.rename(folder.with_name(f"removed-{uuid.uuid4().hex[:8]}"))
+    shutil.rmtree(aside)
+    return True
+
+
+def _take(folder: Path, wait: Callable[[], None]) -> IO | None:
+    """The locked file of a folder, which is made if need be; None where files cannot be locked."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as held, contextlib.suppress(FileNotFoundError):
+            file = held.enter_context(open(folder / "lock", "a"))
+            if not _lock(file.fileno(), wait):
+                return None
+            # The folder may have been removed while we waited, and another one be there in its place.
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock")):
+                held.pop_all()
+                return file
 
 
 def _lock(file: int, wait: Callable[[], None]) -> bool:

@@ -16,12 +16,15 @@ from p4flows.molecules.units import positions_tensor
 
 __all__ = ["Chirality", "stereocentres"]
 
+_FLAT = 0.1  # of the handedness that edges of the same lengths could have
+
 
 def stereocentres(graph: BondGraph, kinds: Sequence[object]) -> np.ndarray:
     """Atoms with four constitutionally different neighbours: rows (k, 5), the atom and its neighbours.
 
     ``kinds`` are the elements of the atoms. Centres that differ by the handedness of other centres only, as those of
-    meso compounds may, and axial or planar chirality are not among them.
+    meso compounds may, axial and planar chirality, double bonds, and sulphur and phosphorus with three neighbours are
+    not among them.
     """
     classes = graph.classes(kinds)
     rows = [
@@ -47,6 +50,9 @@ class Chirality:
         centres: (k, 5) atom indices: a stereocentre, and its four neighbours in ascending order.
         names: what the k centres are called.
         signs: (k,) 1.0 or -1.0: their handedness in the structure, as the sign of a triple product.
+
+    Raises:
+        ValueError: if a stereocentre is flat in the structure.
     """
 
     def __init__(self, topology: app.Topology, positions: np.ndarray) -> None:
@@ -55,7 +61,14 @@ class Chirality:
         self.n_atoms = len(elements)
         self.centres = stereocentres(graph, elements)
         self.names = [atom_name(topology, atom) for atom in self.centres[:, 0].tolist()]
-        self.signs = self._handedness(torch.as_tensor(np.asarray(positions, dtype=np.float64))).sign()
+        x = torch.as_tensor(np.asarray(positions, dtype=np.float64))
+        self.signs = self._handedness(x).sign()
+        flat = (self._flatness(x) < _FLAT).nonzero().flatten().tolist()
+        if flat:
+            raise ValueError(
+                "positions: expected a structure in three dimensions, from which handedness can be taken, got flat "
+                f"stereocentres: {', '.join(self.names[i] for i in flat)}"
+            )
 
     def inverted(self, positions: Tensor | np.ndarray) -> Tensor:
         """Which centres have the other handedness; bool (..., k) for positions (..., n_atoms, 3) or (..., 3 n_atoms).
@@ -97,7 +110,16 @@ class Chirality:
         return f"{count} of {len(inverted)} structures have the other handedness: {', '.join(shares)}"
 
     def _handedness(self, x: Tensor) -> Tensor:
-        centres = torch.as_tensor(self.centres, device=x.device)
         # By the first three neighbours against the fourth; the centre itself need not be on the usual side of them.
-        a, b, c, d = (x[..., atoms, :] for atoms in centres[:, 1:].T)
-        return (torch.linalg.cross(a - d, b - d) * (c - d)).sum(-1)
+        u, v, w = self._edges(x)
+        return (torch.linalg.cross(u, v) * w).sum(-1)
+
+    def _flatness(self, x: Tensor) -> Tensor:
+        """|handedness| over the product of the edges: 0 for four neighbours in a plane, 0.7 in a tetrahedron."""
+        lengths = [torch.linalg.vector_norm(edge, dim=-1) for edge in self._edges(x)]
+        return self._handedness(x).abs() / (lengths[0] * lengths[1] * lengths[2])
+
+    def _edges(self, x: Tensor) -> list[Tensor]:
+        """From the last neighbour of each centre to the other three, (..., k, 3)."""
+        *others, last = (x[..., atoms, :] for atoms in torch.as_tensor(self.centres, device=x.device)[:, 1:].T)
+        return [other - last for other in others]

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from p4flows.molecules.cache import is_in_use, root
+from p4flows.molecules.cache import is_in_use, remove, root
 
 __all__ = ["CachedSimulation", "cached_simulations", "clear_cache"]
 
@@ -26,6 +26,7 @@ class CachedSimulation:
         folder: where its files are.
         size: of its files, in bytes.
         finished: whether its frames are complete; otherwise the same call goes on from here.
+        running: whether some process or thread is at it now.
         description: what was simulated, as far as is known: atoms, temperature in kelvin, frames, stride, ...
     """
 
@@ -33,6 +34,7 @@ class CachedSimulation:
     folder: Path
     size: int
     finished: bool
+    running: bool
     description: dict
 
     def __str__(self) -> str:
@@ -40,14 +42,16 @@ class CachedSimulation:
         temperatures = about.get("temperature", [])
         kelvin = ", ".join(f"{t:g}" for t in (temperatures if isinstance(temperatures, list) else [temperatures]))
         text = f"{about['frames']:,} frames of {about['atoms']} atoms at {kelvin} K" if about else "no description"
-        state = "" if self.finished else ", interrupted"
+        state = ", running" if self.running else "" if self.finished else ", interrupted"
         return f"{self.key}  {self.size / 1e6:8.1f} MB  {text}{state}"
 
 
 def cached_simulations(cache: str | os.PathLike | None = None) -> list[CachedSimulation]:
     """What :func:`simulate` keeps, newest first, in a folder: by default P4FLOWS_CACHE or ``~/.cache/p4flows``."""
     folders = [path for path in (root(cache) / "md").glob("*") if path.is_dir() and _KEY.fullmatch(path.name)]
-    return [_look_at(folder) for folder in sorted(folders, key=lambda path: (-path.stat().st_mtime, path.name))]
+    # Simulations may be running in them, or be removed, while we look.
+    changed = {path: _stat(path, "st_mtime") for path in folders}
+    return [_look_at(folder) for folder in sorted(folders, key=lambda path: (-changed[path], path.name))]
 
 
 def clear_cache(
@@ -60,6 +64,7 @@ def clear_cache(
 
     Raises:
         ValueError: for a key that is not there; then nothing is removed.
+        OSError: for files that cannot be removed.
     """
     found = {simulation.key: simulation for simulation in cached_simulations(cache)}
     chosen = list(found) if keys is None else list(keys)
@@ -68,18 +73,25 @@ def clear_cache(
         raise ValueError(f"keys: expected some that cached_simulations lists, got {', '.join(map(repr, unknown))}")
     removed, left = [], []
     for simulation in (found[key] for key in dict.fromkeys(chosen)):
-        if is_in_use(simulation.folder):
-            left.append(simulation)
-        else:
-            shutil.rmtree(simulation.folder, ignore_errors=True)
-            removed.append(simulation)
+        (removed if remove(simulation.folder) else left).append(simulation)
+    for folder in (root(cache) / "md").glob("removed-*"):  # by a call that was killed
+        shutil.rmtree(folder, ignore_errors=True)
     return removed, left
 
 
 def _look_at(folder: Path) -> CachedSimulation:
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    paths = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
+    size = sum(int(_stat(path, "st_size")) for path in paths)
     try:
         description = json.loads((folder / "about.json").read_text())
     except (OSError, ValueError):  # written before there were descriptions
         description = {}
-    return CachedSimulation(folder.name, folder, size, (folder / "frames.npy").exists(), description)
+    return CachedSimulation(folder.name, folder, size, (folder / "frames.npy").exists(), is_in_use(folder), description)
+
+
+def _stat(path: Path, name: str) -> float:
+    """A number that the system has about a path; 0 if it has vanished, as temporary files do."""
+    try:
+        return getattr(path.stat(), name)
+    except FileNotFoundError:
+        return 0

@@ -32,7 +32,8 @@ def read_dcd(path: str | os.PathLike) -> np.ndarray:
         raise ValueError(f"{path}: expected free atoms in three dimensions, got fixed atoms or a fourth dimension")
     titles = int(np.frombuffer(data, integer, 1, _HEADER)[0])
     start = _HEADER + titles + 8
-    mark, n_atoms, _ = (int(i) for i in np.frombuffer(data, integer, 3, start))
+    whole = 0 <= titles <= len(data) - _HEADER - 20
+    mark, n_atoms, _ = (int(i) for i in np.frombuffer(data, integer, 3, start)) if whole else (0, 0, 0)
     if mark != 4 or n_atoms < 1:
         raise ValueError(f"{path}: expected a number of atoms after the titles of a DCD file, got none")
     marks = ("before", integer), ("values", np.dtype(f"{order}f4"), (n_atoms,)), ("after", integer)

@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+import openmm
 
 from p4flows.molecules.cache import save
 from p4flows.molecules.replicas import Replicas
@@ -27,9 +28,10 @@ def chunks(folder: Path, chain: int, count: int) -> list[Path]:
     return [folder / f"chain-{chain}-{start}.npy" for start in range(0, count, _CHUNK)]
 
 
-def run(connection: Connection, settings: dict, chain: int, count: int, folder: str) -> None:
-    """Simulate, and send the numbers of new frames, then what there is to tell of the run; or the error."""
+def run(connection: Connection, chain: int, count: int, folder: str) -> None:
+    """Receive settings, simulate, and send the numbers of new frames, then what there is to tell; or the error."""
     try:
+        settings = connection.recv()
         simulation = _make(settings, chain)
         for done in _simulate_chain(simulation, settings, chain, count, Path(folder)):
             connection.send(done)
@@ -42,7 +44,12 @@ def trajectory(settings: dict, chain: int, count: int) -> tuple[np.ndarray, dict
     """The same frames in one go, without files: for processes on other machines. Frames (count, ...) and summary.
 
     In one process, trajectories of the Reference platform take turns.
+
+    Raises:
+        RuntimeError: where another version of OpenMM is installed than where the simulation was asked for.
     """
+    if settings["openmm"] != openmm.version.version:  # the cache would keep the frames as those of the other one
+        raise RuntimeError(f"expected OpenMM {settings['openmm']}, as its caller has, got {openmm.version.version}")
     with contextlib.nullcontext() if settings.get("platform") == "CPU" else _turns:
         simulation = _make(settings, chain)
         simulation.start(settings["positions"], settings["equilibration"])

@@ -52,7 +52,7 @@ class Molecule:
     def from_pdb(
         cls,
         path: str | os.PathLike,
-        forcefield: Sequence[str] = ("amber14-all.xml", "implicit/obc2.xml"),
+        forcefield: str | Sequence[str] | app.ForceField = ("amber14-all.xml", "implicit/obc2.xml"),
         *,
         constraints: Any = None,
         z_matrix: np.ndarray | None = None,
@@ -64,9 +64,9 @@ class Molecule:
         Args:
             path: the PDB file. Its residues must be known to the force field, and bonds beyond those of standard
                 residues must be in its CONECT records.
-            forcefield: XML files of ``openmm.app.ForceField``, or one such object. The files in ``implicit/`` are slow
-                on the Reference platform: pass ``platform="CPU"`` to :func:`simulate` and :class:`OpenMMEnergy`, or
-                take one of the ``_obc.xml`` files with a force field of the same year.
+            forcefield: XML files of ``openmm.app.ForceField``, one or several, or one such object. The files in
+                ``implicit/`` are slow on the Reference platform: pass ``platform="CPU"`` to :func:`simulate` and
+                :class:`OpenMMEnergy`, or take one of the ``_obc.xml`` files with a force field of the same year.
             constraints: None, ``openmm.app.HBonds``, or, for a molecule without rings, ``openmm.app.AllBonds``.
             z_matrix, rigid_block: as for :meth:`from_openmm`.
             options: further arguments of ``ForceField.createSystem``, such as ``hydrogenMass`` or
@@ -83,7 +83,8 @@ class Molecule:
         settings = {"nonbondedMethod": app.NoCutoff, "rigidWater": False, "removeCMMotion": False, **options}
         try:
             pdb = app.PDBFile(str(path))
-            field = forcefield if isinstance(forcefield, app.ForceField) else app.ForceField(*forcefield)
+            files = (forcefield,) if isinstance(forcefield, str | os.PathLike) else forcefield
+            field = files if isinstance(files, app.ForceField) else app.ForceField(*files)
             system = field.createSystem(pdb.topology, constraints=constraints, **settings)
         except Exception as error:  # OpenMM raises plain Exceptions too
             raise ValueError(
@@ -115,7 +116,7 @@ class Molecule:
 
         Raises:
             ValueError: for arguments that do not fit together, more than one molecule, virtual sites, constraints of
-                other than bonds, and structures of the wrong size.
+                other than bonds, structures of the wrong size, and flat stereocentres.
         """
         if not isinstance(topology, app.Topology):
             raise ValueError(f"topology: expected an openmm.app.Topology, got {type(topology).__name__}")
@@ -139,7 +140,9 @@ class Molecule:
         fixed_bonds(bond_and_angle_atoms(rows, block if within else None)[0].tolist(), constraints)
         dihedrals = ramachandran(topology, graph)
         phi, psi = dihedrals[0] if len(dihedrals) else (None, None)
-        return cls(topology, system, positions, rows.numpy(), block.numpy(), phi, psi)
+        molecule = cls(topology, system, positions, rows.numpy(), block.numpy(), phi, psi)
+        _ = molecule.chirality  # which refuses flat structures
+        return molecule
 
     @property
     def n_atoms(self) -> int:

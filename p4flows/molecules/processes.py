@@ -20,8 +20,9 @@ _GUARD = (
 def spawn(target: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Connection]:
     """Start ``target(connection, *arguments)`` in a new interpreter; the process and our end of the connection.
 
-    Spawned, not forked: OpenMM's threads do not survive a fork. The arguments should be small: until the new
-    interpreter is up and reads them, no more than a pipe holds (64 kB) can be sent without waiting.
+    Spawned, not forked: OpenMM's threads do not survive a fork. The arguments must be small, less than the 64 kB that
+    a pipe holds. With more, the call would wait for the new interpreter to read them, and for ever if it dies before.
+    What is larger can be sent through the connection, which tells if nobody is there any more.
 
     Raises:
         RuntimeError: as :func:`check_started`.

@@ -7,7 +7,8 @@ import json
 import os
 import sys
 from concurrent.futures import Executor
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from p4flows.molecules.simulation_settings import settings_of, temperatures_of
 from p4flows.molecules.submission import submit_trajectories
 
 __all__ = ["simulate"]
+
+_WORKER = "a molecular dynamics worker"
 
 
 def simulate(
@@ -135,7 +138,9 @@ def _simulate(
         jobs: list = []
         try:
             for i, count in enumerate(counts):
-                jobs.append(spawn(run, settings, i, count, str(place)))
+                jobs.append(spawn(run, i, count, str(place)))
+            for process, connection in jobs:
+                _send(settings, process, connection)
             summaries = _follow(jobs, bar)
         finally:
             for process, connection in jobs:
@@ -144,6 +149,14 @@ def _simulate(
                 process.join()
         found = np.concatenate([np.load(path) for i, count in enumerate(counts) for path in chunks(place, i, count)])
     return found, {name: np.mean([s[name] for s in summaries], 0).round(3).tolist() for name in summaries[0]}
+
+
+def _send(settings: dict, process: BaseProcess, connection: Connection) -> None:
+    # Not as an argument of the process: the system alone may be larger than what can be passed in that way.
+    try:
+        connection.send(settings)
+    except (BrokenPipeError, ConnectionResetError):
+        raise obituary(_WORKER, process, started=False) from None
 
 
 def _follow(jobs: list, bar: tqdm) -> list[dict[str, Any]]:
@@ -156,8 +169,7 @@ def _follow(jobs: list, bar: tqdm) -> list[dict[str, Any]]:
                 try:
                     message = connection.recv()
                 except (EOFError, ConnectionResetError):
-                    who = "a molecular dynamics worker"
-                    raise obituary(who, running[connection], connection in started) from None
+                    raise obituary(_WORKER, running[connection], connection in started) from None
                 started.add(connection)
                 if isinstance(message, Exception):
                     raise message

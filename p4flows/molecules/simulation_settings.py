@@ -78,5 +78,11 @@ def settings_of(
     if platform != "Reference":
         settings["platform"] = platform
     if exchange is not None:
-        settings["exchange"] = integer("exchange", steps("exchange", exchange, step), 1)
+        settings["exchange"] = exchange = integer("exchange", steps("exchange", exchange, step), 1)
+        shortest = equilibration + stride * (frames // workers)
+        if 2 * exchange > shortest:  # even and odd pairs take turns
+            raise ValueError(
+                f"exchange: expected two attempts or more in the {shortest} steps of a trajectory, got one every "
+                f"{exchange} steps"
+            )
     return settings, frames, workers

@@ -57,9 +57,10 @@ class TaskPool:
                 energies[rows], found = future.result()
                 if forces is not None:
                     forces[rows] = found
-        except FutureTimeoutError:
-            raise RuntimeError(f"the executor did not answer within {deadline.seconds} s") from None
         except Exception as error:  # whatever the engine raises
+            late = isinstance(error, FutureTimeoutError) and deadline.left == 0
+            if late and not all(future.done() for future in futures):
+                raise RuntimeError(f"the executor did not answer within {deadline.seconds} s") from None
             raise RuntimeError(f"a task of the executor failed: {type(error).__name__}: {error}") from error
         finally:
             for future in futures:

@@ -1,8 +1,11 @@
 """What the cache of simulations holds, from Python and from the command line."""
 
+import contextlib
+import errno
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +14,7 @@ pytest.importorskip("tqdm")
 
 from p4flows.molecules import cached_simulations, clear_cache, simulate
 from p4flows.molecules.__main__ import main
-from p4flows.molecules.cache import workplace
+from p4flows.molecules.cache import is_in_use, remove, workplace
 
 
 @pytest.fixture
@@ -71,11 +74,55 @@ def test_a_running_simulation_is_left_alone(filled):
     thread = threading.Thread(target=hold)
     thread.start()
     ready.wait(30)
+    running = [simulation for simulation in cached_simulations(filled) if simulation.running]
     removed, left = clear_cache(filled)
     done.set()
     thread.join()
+    assert [s.key for s in running] == [first.key]
+    assert str(running[0]).endswith(", running")
     assert ([s.key for s in removed], [s.key for s in left]) == ([second.key], [first.key])
     assert first.folder.exists()
+
+
+def test_who_waits_for_a_folder_that_is_removed_gets_a_new_one(tmp_path):
+    """The lock of the old one is no lock of the folder any more: two processes would be in it at once."""
+    folder = tmp_path / "place"
+    with contextlib.ExitStack() as first:
+        first.enter_context(workplace(folder, lambda: None))
+
+        def leave_and_remove():
+            first.close()
+            assert remove(folder)
+
+        with workplace(folder, leave_and_remove) as place:
+            assert place == folder
+            assert is_in_use(folder)
+            assert not remove(folder)
+            (place / "x").write_text("kept")
+    assert (folder / "x").read_text() == "kept"
+    assert not is_in_use(folder)
+    assert remove(folder)
+    assert remove(folder)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_listing_while_files_come_and_go(filled, monkeypatch):
+    """Temporary files are renamed while the folder is read."""
+    (first, second), stat = cached_simulations(filled), Path.stat
+
+    def vanishing(path, **options):
+        if path.name == "frames.npy" and path.parent == first.folder:
+            raise FileNotFoundError(errno.ENOENT, "gone", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", vanishing)
+    assert [simulation.key for simulation in cached_simulations(filled)] == [first.key, second.key]
+
+
+def test_what_a_killed_clearing_left_is_removed(filled):
+    (filled / "md" / "removed-0123abcd").mkdir()
+    clear_cache(filled)
+    assert [path.name for path in (filled / "md").iterdir()] == ["notes"]
 
 
 def test_the_command_line(filled, capsys, monkeypatch):

@@ -42,6 +42,18 @@ def test_neighbours_that_a_symmetry_exchanges_make_no_centre():
     assert len(stereocentres(propanol, ["C", "C", "C", "O", "H", "H"])) == 0
 
 
+def test_a_flat_structure_has_no_handedness(molecule):
+    """As drawing programs write them: every structure of the data would be said to be the other enantiomer."""
+    flat = molecule.positions.copy()
+    flat[:, 2] *= 1e-3
+    with pytest.raises(
+        ValueError, match=r"expected a structure in three dimensions, .* got flat stereocentres: CA of ALA 2"
+    ):
+        Molecule.from_openmm(molecule.topology, molecule.system, flat)
+    built = Molecule.from_openmm(molecule.topology, molecule.system, molecule.positions)
+    assert (built.chirality._flatness(torch.from_numpy(molecule.positions)) > 0.5).all()
+
+
 def test_dynamics_keeps_the_handedness_and_a_mirror_does_not(molecule, frames):
     chirality = molecule.chirality
     assert chirality.kept(frames).all()

@@ -177,6 +177,31 @@ def test_a_slow_executor_is_an_error_after_the_timeout(molecule, frames):
             OpenMMEnergy(molecule, 600, executor=executor, timeout=0.3)(frames[:2])
 
 
+def test_a_time_out_within_a_task_is_told_as_such(molecule, frames, monkeypatch):
+    def late(*arguments):
+        raise TimeoutError("the disk did not answer")
+
+    monkeypatch.setattr(tasks, "evaluate", late)
+    for timeout in (None, 60.0):
+        with (
+            threads(1) as executor,
+            pytest.raises(RuntimeError, match=r"task of the executor failed: .*the disk did no"),
+        ):
+            OpenMMEnergy(molecule, 600, executor=executor, timeout=timeout)(frames[:2])
+
+
+def test_machines_with_another_openmm_are_refused(molecule, tmp_path, monkeypatch):
+    """Their frames would be in the cache as those of the version that is here."""
+
+    def elsewhere(settings, chain, count):
+        return trajectory({**settings, "openmm": "7.7"}, chain, count)
+
+    trajectory = submission.trajectory
+    monkeypatch.setattr(submission, "trajectory", elsewhere)
+    with threads(1) as executor, pytest.raises(RuntimeError, match=r"expected OpenMM 7.7, as its caller has, got \d"):
+        simulate(molecule, 300, 2, executor=executor, cache=tmp_path, progress=False)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork")
 def test_a_forked_process_has_no_executor(molecule, frames):

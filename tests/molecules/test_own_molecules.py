@@ -168,6 +168,15 @@ def test_one_molecule_in_nanometers():
         Molecule.from_openmm(loose, ours.system, ours.positions)
 
 
+def test_force_fields_are_one_file_or_several_or_an_object():
+    path = DATA / "dimethylaniline.pdb"
+    first, *others = (
+        Molecule.from_pdb(path, f) for f in (("charmm36.xml",), "charmm36.xml", app.ForceField("charmm36.xml"))
+    )
+    for other in others:
+        assert openmm.XmlSerializer.serialize(other.system) == openmm.XmlSerializer.serialize(first.system)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -126,6 +126,10 @@ def test_swaps_follow_metropolis(molecule):
         ({"temperature": [300], "exchange": 10}, "temperature: expected several in ascending order"),
         ({"temperature": [600, 300], "exchange": 10}, "temperature: expected several in ascending order"),
         ({"temperature": [300, 600], "exchange": 0}, "exchange: expected an integer >= 1"),
+        (
+            {"temperature": [300, 600], "exchange": 30, "stride": 10, "equilibration": 40},
+            "exchange: expected two attempts or more in the 50 steps of a trajectory, got one every 30 steps",
+        ),
         ({"temperature": [300, 600], "exchange": 0.5 * unit.femtosecond}, "exchange: expected a whole number"),
         ({"temperature": 300, "time_step": 0}, "time_step: expected a finite number > 0"),
         ({"temperature": 300, "time_step": 2 * unit.kelvin}, "time_step: expected a quantity in femtosecond"),

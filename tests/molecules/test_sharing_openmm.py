@@ -171,6 +171,30 @@ def test_a_script_without_a_guard_is_told(tmp_path, call):
     assert "needs `if __name__ == '__main__':`" in last
 
 
+def test_a_script_without_a_guard_is_told_for_large_molecules(tmp_path):
+    """Whose system is more than a pipe holds, so that it is still being sent when the new process ends."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from openmm import System, HarmonicBondForce\n"
+        "from p4flows.molecules import simulate\n"
+        "system, bonds = System(), HarmonicBondForce()\n"
+        "for i in range(20_000):\n    system.addParticle(1.0 + i / 7)\n"
+        "simulate(system, 300, 2, positions=[[0, 0, i] for i in range(20_000)], progress=False)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**ENVIRONMENT, "P4FLOWS_CACHE": str(tmp_path / "cache")},
+    )
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert "worker died while it started" in last
+    assert "needs `if __name__ == '__main__':`" in last
+
+
 def _in_a_daemon(connection, system, workers, frames):
     torch.set_num_threads(1)
     try:

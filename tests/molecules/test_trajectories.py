@@ -88,6 +88,10 @@ def test_other_files_are_refused(molecule, tmp_path, reported):
     other.write_bytes(data)
     with pytest.raises(ValueError, match="got fixed atoms or a fourth dimension"):
         load_trajectory(other, molecule)
+    for end in (116, 130, 264):  # within and after the titles
+        other.write_bytes(path.read_bytes()[:end])
+        with pytest.raises(ValueError, match="expected a number of atoms after the titles of a DCD file, got none"):
+            load_trajectory(other, molecule)
     data = bytearray(path.read_bytes())
     data[-4] += 1  # a mark of length
     other.write_bytes(data)
@@ -114,6 +118,9 @@ def test_frames_that_are_not_of_the_molecule(molecule, frames):
         (stand_in(10 * x, symbols), "another order of atoms, another unit"),
         (stand_in(np.full_like(x, np.nan), symbols), "expected finite positions"),
     ]
+    cut = frames[:3].numpy().copy()
+    cut[1, 20:] += 3.0  # as a periodic boundary does, for a while
+    cases.append((stand_in(cut, symbols), "got one of .* nm for 0.109 nm .18-20. in frame 1: "))
     order = np.arange(22)
     order[[0, 21]] = 21, 0
     cases.append((stand_in(x[:, order], symbols), "expected bonds about as long as those of the molecule"))
