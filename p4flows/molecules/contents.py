@@ -71,7 +71,8 @@ def clear_cache(
     unknown = [key for key in chosen if key not in found]
     if unknown:
         raise ValueError(f"keys: expected some that cached_simulations lists, got {', '.join(map(repr, unknown))}")
-    removed, left = [], []
+    removed: list[CachedSimulation] = []
+    left: list[CachedSimulation] = []
     for simulation in (found[key] for key in dict.fromkeys(chosen)):
         (removed if remove(simulation.folder) else left).append(simulation)
     for folder in (root(cache) / "md").glob("removed-*"):  # by a call that was killed
