@@ -137,7 +137,7 @@ def test_perturbation(monkeypatch, tmp_path):
     parts = f"--jobs 1 --parts {tmp_path / 'parts'}"
     results = call(monkeypatch, tmp_path, f"perturbation --quick {parts}")
     assert perturbation.ranks(64) == [1, 8, 16, 32, 64]
-    assert perturbation.ranks(1024) == [1, 8, 16, 64]
+    assert perturbation.ranks(1024) == [1, 8, 16, 64, 256, 512]
     assert len(results["rows"]) == 2 + 2 * 8 + 4 * (6 + 5)
     lines = perturbation.table(results).splitlines()
     assert len({line.count("|") for line in lines}) == 1
