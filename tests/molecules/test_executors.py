@@ -69,10 +69,17 @@ def test_structures_that_are_not_finite_cost_infinity(molecule, frames, executor
     assert shared.invalid == 2
 
 
-def test_simulations_are_the_same(molecule, executor, tmp_path):
-    options = {"stride": 2, "equilibration": 10, "workers": 5, "progress": False}
-    here = simulate(molecule, 600, 52, cache=tmp_path / "here", **options)
-    there = simulate(molecule, 600, 52, cache=tmp_path / "there", executor=executor, **options)
+OPTIONS = {"stride": 2, "equilibration": 10, "workers": 3, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def here(molecule, tmp_path_factory):
+    """Frames of processes of this machine."""
+    return simulate(molecule, 600, 52, cache=tmp_path_factory.mktemp("here"), **OPTIONS)
+
+
+def test_simulations_are_the_same(molecule, executor, here, tmp_path):
+    there = simulate(molecule, 600, 52, cache=tmp_path / "there", executor=executor, **OPTIONS)
     assert np.array_equal(here, there)
     (folder,) = (tmp_path / "there" / "md").iterdir()
     assert {path.name for path in folder.iterdir()} == {"about.json", "frames.npy", "lock"}
@@ -128,8 +135,8 @@ def test_a_killed_process_is_an_error_in_seconds(molecule, frames, tmp_path):
 
 
 def test_an_interrupted_simulation_keeps_the_trajectories_that_were_done(molecule, tmp_path, monkeypatch):
-    options = {"stride": 2, "equilibration": 10, "workers": 3, "progress": False}
-    whole = simulate(molecule, 600, 9, cache=tmp_path / "whole", **options)
+    with threads() as executor:
+        whole = simulate(molecule, 600, 9, cache=tmp_path / "whole", executor=executor, **OPTIONS)
     calls, trajectory = [], submission.trajectory
 
     def fails_once(settings, chain, count):
@@ -141,9 +148,9 @@ def test_an_interrupted_simulation_keeps_the_trajectories_that_were_done(molecul
     monkeypatch.setattr(submission, "trajectory", fails_once)
     failed = pytest.raises(RuntimeError, match="molecular dynamics failed: OSError: no space left")
     with threads(1) as executor, failed:
-        simulate(molecule, 600, 9, cache=tmp_path / "part", executor=executor, **options)
+        simulate(molecule, 600, 9, cache=tmp_path / "part", executor=executor, **OPTIONS)
     with threads(1) as executor:
-        again = simulate(molecule, 600, 9, cache=tmp_path / "part", executor=executor, **options)
+        again = simulate(molecule, 600, 9, cache=tmp_path / "part", executor=executor, **OPTIONS)
     assert np.array_equal(again, whole)
     assert calls.count(0) == 1
 

@@ -128,7 +128,7 @@ def test_a_killed_worker_is_an_error_at_once_and_the_next_call_works(molecule, e
         torch.testing.assert_close(shared(frames[:4]), energy(frames[:4]))
 
 
-def test_a_worker_killed_in_mid_batch_is_an_error_at_once_and_leaves_nothing_behind(molecule, energy, frames):
+def test_a_worker_killed_in_mid_batch_is_an_error_at_once_and_leaves_nothing_behind(molecule, frames):
     batch = frames[:1].expand(100_000, -1, -1).contiguous()  # some seconds of work
     with OpenMMEnergy(molecule.system, 600, workers=2) as shared:
         shared(frames[:4])
@@ -147,7 +147,6 @@ def test_a_worker_killed_in_mid_batch_is_an_error_at_once_and_leaves_nothing_beh
         for pid in pids:
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
-        torch.testing.assert_close(shared(frames[:4]), energy(frames[:4]))
 
 
 def test_a_worker_that_does_not_answer_is_an_error(molecule, frames):

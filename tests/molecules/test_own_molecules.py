@@ -1,5 +1,6 @@
 """Molecules from PDB files and from OpenMM's objects: their z-matrices and blocks, and what is refused."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,24 @@ from p4flows.molecules.bond_graph import BondGraph
 from p4flows.molecules.construction import build_z_matrix
 
 DATA = Path(__file__).parents[1] / "data" / "molecules"
-CHARMM = {"forcefield": ("charmm36.xml",)}
+AMBER = ("amber14-all.xml", "implicit/obc2.xml")
+CHARMM = ("charmm36.xml",)
 MOLECULES = {
-    "proline_dipeptide": {},
-    "phenylalanine_dipeptide": {},
+    "proline_dipeptide": AMBER,
+    "phenylalanine_dipeptide": AMBER,
     "dimethylaniline": CHARMM,
-    "chignolin": {},
+    "chignolin": AMBER,
 }
 
 
+@functools.cache
+def read(*files):
+    """A force field; reading its files takes a second."""
+    return app.ForceField(*files)
+
+
 def load(name, **options):
-    return Molecule.from_pdb(DATA / f"{name}.pdb", **{**MOLECULES[name], **options})
+    return Molecule.from_pdb(DATA / f"{name}.pdb", read(*MOLECULES[name]), **options)
 
 
 def angle(x, *atoms):
@@ -170,10 +178,9 @@ def test_one_molecule_in_nanometers():
 
 def test_force_fields_are_one_file_or_several_or_an_object():
     path = DATA / "dimethylaniline.pdb"
-    first, *others = (
-        Molecule.from_pdb(path, f) for f in (("charmm36.xml",), "charmm36.xml", app.ForceField("charmm36.xml"))
-    )
-    for other in others:
+    first = load("dimethylaniline")
+    for forcefield in (CHARMM, "charmm36.xml"):
+        other = Molecule.from_pdb(path, forcefield)
         assert openmm.XmlSerializer.serialize(other.system) == openmm.XmlSerializer.serialize(first.system)
 
 

@@ -52,11 +52,11 @@ def test_exchanges_are_cached_described_and_told(molecule, tmp_path, in_threads,
     assert np.array_equal(simulate(molecule, [300, 330, 360], 60, **{**options, "exchange": 10 * unit.femtosecond}), x)
 
 
-def test_an_interrupted_exchange_goes_on_to_the_same_frames(molecule, tmp_path, monkeypatch):
+def test_an_interrupted_exchange_goes_on_to_the_same_frames(molecule, tmp_path, monkeypatch, in_threads):
     from p4flows.molecules import sampling
 
     options = {**OPTIONS, "exchange": 6, "workers": 1}
-    whole = simulate(molecule, [300, 330], 520, cache=tmp_path / "whole", **options)
+    whole = simulate(molecule, [300, 330], 520, cache=tmp_path / "whole", executor=in_threads, **options)
 
     def interrupted(jobs, bar):
         while not [*(tmp_path / "part").rglob("chain-0-0.npy")]:

@@ -105,7 +105,8 @@ def test_a_thread_waits_for_another_no_longer_than_the_timeout(molecule, frames)
     batch = frames[:1].expand(30_000, -1, -1).contiguous()  # a second or more
     busy = threading.Thread(target=energy, args=(batch,))
     busy.start()
-    time.sleep(0.2)
+    while not energy._owner._lock.locked():
+        time.sleep(0.01)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"another thread did not finish with OpenMM within 0\.2 s"):
         energy(frames[:1])
@@ -148,7 +149,9 @@ def test_workers_end_with_their_energy(molecule, frames):
     assert process.exitcode == 0
 
 
-@pytest.mark.parametrize("call", ["simulate(molecule, 300, 2, progress=False)", "energy(torch.zeros(1, 22, 3))"])
+@pytest.mark.parametrize(
+    "call", ["simulate(molecule, 300, 2, workers=1, progress=False)", "energy(torch.zeros(1, 22, 3))"]
+)
 def test_a_script_without_a_guard_is_told(tmp_path, call):
     script = tmp_path / "script.py"
     script.write_text(
@@ -179,7 +182,7 @@ def test_a_script_without_a_guard_is_told_for_large_molecules(tmp_path):
         "from p4flows.molecules import simulate\n"
         "system, bonds = System(), HarmonicBondForce()\n"
         "for i in range(20_000):\n    system.addParticle(1.0 + i / 7)\n"
-        "simulate(system, 300, 2, positions=[[0, 0, i] for i in range(20_000)], progress=False)\n"
+        "simulate(system, 300, 2, positions=[[0, 0, i] for i in range(20_000)], workers=1, progress=False)\n"
     )
     result = subprocess.run(
         [sys.executable, "-W", "ignore", str(script)],

@@ -19,28 +19,29 @@ def md(molecule, cache, **options):
     return simulate(molecule.system, 600, 520, cache=cache, **settings)
 
 
-def test_simulation_is_cached_by_its_arguments(molecule, tmp_path):
+def test_simulation_is_cached_by_its_arguments(molecule, tmp_path, in_threads):
     x = md(molecule, tmp_path)
     assert x.shape == (520, 22, 3)
     assert x.dtype == np.float32
     start = time.monotonic()
     assert np.array_equal(md(molecule, tmp_path), x)
     assert time.monotonic() - start < 1
-    assert not np.array_equal(md(molecule, tmp_path, seed=1)[:100], x[:100])
+    assert not np.array_equal(md(molecule, tmp_path, seed=1, executor=in_threads)[:100], x[:100])
     assert len([*(tmp_path / "md").iterdir()]) == 2
     assert not np.array_equal(x[:260], x[260:])  # two trajectories
 
 
-def test_a_molecule_brings_its_positions(molecule, tmp_path):
-    options = {"stride": 1, "equilibration": 0, "workers": 1, "cache": tmp_path, "progress": False}
-    x = simulate(molecule, 300, 5, **options)
-    assert np.array_equal(x, simulate(molecule.system, 300, 5, positions=molecule.positions, **options))
+def test_a_molecule_brings_its_positions(molecule, tmp_path, in_threads):
+    options = {"stride": 1, "equilibration": 0, "executor": in_threads, "progress": False}
+    x = simulate(molecule, 300, 5, cache=tmp_path / "a", **options)
+    system, positions = molecule.system, molecule.positions
+    assert np.array_equal(x, simulate(system, 300, 5, positions=positions, cache=tmp_path / "b", **options))
 
 
-def test_an_interrupted_simulation_goes_on_to_the_same_frames(molecule, tmp_path, monkeypatch):
+def test_an_interrupted_simulation_goes_on_to_the_same_frames(molecule, tmp_path, monkeypatch, in_threads):
     from p4flows.molecules import sampling
 
-    whole = md(molecule, tmp_path / "whole", workers=1)
+    whole = md(molecule, tmp_path / "whole", workers=1, executor=in_threads)
 
     def interrupted(jobs, bar):
         while not [*(tmp_path / "part").rglob("chain-0-0.npy")]:

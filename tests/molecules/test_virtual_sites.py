@@ -70,16 +70,16 @@ def test_gradients_are_those_of_finite_differences_and_zero_on_sites(dimer, kind
     assert gradient.abs().max() > 10
 
 
-def test_simulations_place_the_sites_first(dimer, tmp_path):
+def test_simulations_place_the_sites_first(dimer, tmp_path, in_threads):
     system, x = dimer
     moved = x.detach().clone()
     moved[[3, 7]] = moved[[0, 4]]  # on the oxygens: an infinite energy, were it taken as given
-    options = {"stride": 1, "equilibration": 0, "workers": 1, "cache": tmp_path, "progress": False}
+    options = {"stride": 1, "equilibration": 0, "executor": in_threads, "cache": tmp_path, "progress": False}
     a, b = (simulate(system, 300, 3, positions=p.numpy(), **options) for p in (x.detach(), moved))
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_constrained_bonds_are_refused_with_the_way_out(molecule, tmp_path):
+def test_constrained_bonds_are_refused_with_the_way_out(molecule, tmp_path, in_threads):
     field = app.ForceField("amber99sbildn.xml", "amber96_obc.xml")
     system = field.createSystem(molecule.topology, nonbondedMethod=app.NoCutoff, constraints=app.HBonds)
     x = simulate(
@@ -87,7 +87,7 @@ def test_constrained_bonds_are_refused_with_the_way_out(molecule, tmp_path):
         *(600, 80, 20),
         positions=molecule.positions,
         equilibration=0,
-        workers=1,
+        executor=in_threads,
         cache=tmp_path,
         progress=False,
     )
