@@ -268,7 +268,10 @@ def test_a_table_has_one_place_and_stays_as_it_is_without_a_result(monkeypatch, 
     assert capsys.readouterr().err == "demo: left as it is, since there is no demo.json yet\n"
 
 
-JUDGED = ("linear", "density2d", "alanine_dipeptide", "mnist", "layer", "drift", "swaps")
+JUDGED = (
+    *("linear", "density2d", "alanine_dipeptide", "mnist", "layer", "drift", "swaps", "splines"),
+    *("perturbation", "properties"),
+)
 
 
 @pytest.mark.parametrize("name", JUDGED)
