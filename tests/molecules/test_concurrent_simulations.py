@@ -43,7 +43,7 @@ def md(molecule, folder, frames=300, executor=None):
 
 def test_processes(tmp_path):
     processes = [start(tmp_path, 300) for _ in range(2)]
-    outputs = [process.communicate(timeout=120) for process in processes]
+    outputs = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert len({stdout for stdout, _ in outputs}) == 1
     (folder,) = (tmp_path / "cache" / "md").iterdir()

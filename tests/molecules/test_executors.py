@@ -35,8 +35,14 @@ def executor(request):
         with {"threads": threads, "processes": processes}[request.param]() as executor:
             yield executor
         return
+    yield request.getfixturevalue("cluster").get_executor()
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A client of two workers of dask, which starts a new one for one that is lost."""
     with dask_client() as client:
-        yield client.get_executor()
+        yield client
 
 
 @contextlib.contextmanager
@@ -155,17 +161,28 @@ def test_an_interrupted_simulation_keeps_the_trajectories_that_were_done(molecul
     assert calls.count(0) == 1
 
 
-def test_dask_repeats_the_tasks_of_a_lost_worker(molecule, energy, frames):
-    batch = frames.repeat(50, 1, 1)  # some seconds of work
-    with dask_client() as client:
-        shared = OpenMMEnergy(molecule, 600, executor=client.get_executor())
-        shared(frames)
-        pids = list(client.run(os.getpid).values())
-        timer = kill_workers(pids[:1], 0.5)
-        torch.testing.assert_close(shared(batch), energy(batch), rtol=0, atol=0)
-        timer.join()
-        with pytest.raises(ProcessLookupError):
-            os.kill(pids[0], 0)
+def test_dask_repeats_the_tasks_of_a_lost_worker(molecule, energy, frames, cluster):
+    shared = OpenMMEnergy(molecule, 600, executor=cluster.get_executor())
+    shared(frames)
+    pids = list(cluster.run(os.getpid).values())
+    timer = kill_workers(pids[:1], 0.5)
+    repeats = 40  # some seconds of work
+    torch.testing.assert_close(shared(frames.repeat(repeats, 1, 1)), energy(frames).repeat(repeats), rtol=0, atol=0)
+    timer.join()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
+def test_dask_repeats_the_trajectories_of_a_lost_worker(molecule, cluster, in_threads, tmp_path):
+    options = {"stride": 500, "equilibration": 0, "workers": 4, "progress": False}  # half a second each, or more
+    cluster.wait_for_workers(2)
+    pids = list(cluster.run(os.getpid).values())
+    timer = kill_workers(pids[:1], 0.3)
+    found = simulate(molecule, 600, 80, cache=tmp_path / "dask", executor=cluster.get_executor(), **options)
+    timer.join()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+    assert np.array_equal(found, simulate(molecule, 600, 80, cache=tmp_path / "here", executor=in_threads, **options))
 
 
 def test_a_cluster_without_workers_is_an_error_after_the_timeout(molecule, frames):
