@@ -10,7 +10,7 @@ import torch
 from nflows.flows import Flow
 from torch import Tensor
 
-from p4flows import P4Inv
+from p4flows import InvertibleLinear, P4Inv
 from p4flows.molecules import (
     MixedCoordinates,
     Molecule,
@@ -99,7 +99,7 @@ def measure(flow: Flow, data: Data, reference: Samples, samples: int = 10_000, s
     ]
     test_z = data.test_z[:10_000]
     round_trip = flow._transform.inverse(flow.transform_to_noise(test_z))[0] - test_z
-    layers = [module for module in flow.modules() if isinstance(module, P4Inv)]
+    layers = [module for module in flow.modules() if isinstance(module, P4Inv | InvertibleLinear)]
     error = [(torch.linalg.slogdet(layer.A.double())[1] - layer.logabsdet_A).abs().item() for layer in layers]
     marginals = [divergence(*histograms(a, b)) for a, b in zip(z.T, data.test_z.T, strict=True)]
     return {

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from benchmarks.harness.checkpoint import Checkpoint
 from benchmarks.paper.boltzmann import Data
-from p4flows import MergeScheduler, P4Inv
+from p4flows import MergeScheduler
 from p4flows.molecules import importance_weights, regularize_energy
+from p4flows.perturbation import P4Layer
 
 __all__ = ["Stage", "train"]
 
@@ -90,7 +91,7 @@ def train(
     if stage.schedule == "cosine":
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, stage.steps)
     scheduler = None
-    if any(isinstance(module, P4Inv) for module in flow.modules()):
+    if any(isinstance(module, P4Layer) for module in flow.modules()):
         scheduler = MergeScheduler(
             flow, optimizer, every=stage.every, correct_every=stage.correct_every, reset=stage.reset
         ).attach()

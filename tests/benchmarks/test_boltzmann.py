@@ -120,8 +120,9 @@ def test_alanine_dipeptide(monkeypatch, tmp_path):
     monkeypatch.setattr(alanine_dipeptide, "QUICK", quick)
     results = call(monkeypatch, tmp_path, f"alanine_dipeptide --quick --checkpoints {tmp_path / 'checkpoints'}")
     rows = results["rows"]
-    assert set(rows) == {"MD", "MD + 0.004 nm", "RealNVP", "RealNVP + P4Inv"}
-    for name in ("RealNVP", "RealNVP + P4Inv"):
+    flows = ("RealNVP", "RealNVP + P4Inv", "RealNVP + random", "RealNVP + InvertibleLinear")
+    assert set(rows) == {"MD", "MD + 0.004 nm", *flows}
+    for name in flows:
         for stage in ("likelihood", "energy"):
             measured = rows[name][stage]
             assert 0 < measured["ess"] <= 1
@@ -131,6 +132,9 @@ def test_alanine_dipeptide(monkeypatch, tmp_path):
     assert rows["RealNVP + P4Inv"]["likelihood"]["residual"] < 1e-5
     assert rows["RealNVP + P4Inv"]["likelihood"]["counters"]["merged"] == 6 * 4
     assert rows["RealNVP + P4Inv"]["energy"]["counters"]["merged"] == 3 * 4
+    # A dense weight is followed after every step, whatever the paper's interval is.
+    assert rows["RealNVP + InvertibleLinear"]["likelihood"]["counters"]["merged"] == 60 * 4
+    assert rows["RealNVP + random"]["likelihood"]["counters"] is None
     # Finished stages are read from their checkpoints.
     again = call(monkeypatch, tmp_path, f"alanine_dipeptide --quick --checkpoints {tmp_path / 'checkpoints'}")
     assert again["rows"] == rows
