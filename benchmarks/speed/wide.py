@@ -1,8 +1,7 @@
-"""Where O(n²) pays in minutes and nats: wide flows with permutations, LU, dense and our layers, at equal wall-clock."""
+"""Where O(n²) pays in minutes and nats: wide flows with permutations, LU, dense and our layers, in equal time."""
 
 from __future__ import annotations
 
-import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,6 +17,7 @@ from benchmarks.harness.device import add_device
 from benchmarks.harness.environment import save
 from benchmarks.harness.output import file_name
 from benchmarks.harness.parts import part
+from benchmarks.harness.threads import one_thread
 from benchmarks.mixing.mixes import PERMUTATIONS
 from benchmarks.speed.wide_claims import claims
 from benchmarks.speed.wide_curves import BOTH, GAUSSIAN
@@ -71,7 +71,6 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=partial(_positive, kind=float),
         help="seconds of training for each flow (default: n / 48; on the Gaussian n / 96)",
     )
-    parser.add_argument("--threads", type=_positive, default=os.cpu_count(), help="of torch")
     add_device(parser)
 
 
@@ -82,19 +81,14 @@ def _positive(text: str, kind: type = int) -> Any:
     raise ArgumentTypeError(f"expected a number above 0, got {text!r}")
 
 
+@one_thread()
 def run(args: Namespace) -> dict[str, Any]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
-        rows = list(_rows(args))
-        results: dict[str, Any] = {"device": str(args.device), "threads": args.threads, "rows": rows}
-        if args.device.type == "cuda":
-            results["gpu"] = torch.cuda.get_device_name(args.device)
-        results["claims"] = claims(results)
-        name = file_name(args)
-        path = save(name, results, args.out)
-    finally:
-        torch.set_num_threads(before)
+    results: dict[str, Any] = {"device": str(args.device), "rows": list(_rows(args))}
+    if args.device.type == "cuda":
+        results["gpu"] = torch.cuda.get_device_name(args.device)
+    results["claims"] = claims(results)
+    name = file_name(args)
+    path = save(name, results, args.out)
     print(f"{path}\n{draw(results, args.out / f'{name}.png')}\n{claims_table(results)}\n\n{table(results)}")
     return results
 
@@ -105,7 +99,7 @@ def _rows(args: Namespace) -> Iterator[dict[str, Any]]:
     for case, method in bar:
         name, mix = METHODS[method]
         bar.set_description("{problem}, n = {n}, {directions}, ".format(**case) + name)
-        base = {**case, **mix, "device": str(args.device), "threads": args.threads}
+        base = {**case, **mix, "device": str(args.device)}
         rates, tried = choose_rates(base, partial(_trained, args.kept))
         for seed in range(args.seeds if case["n"] <= _NARROW else 1):
             setting = {**base, **rates, "seed": seed}
@@ -130,6 +124,4 @@ def _methods(args: Namespace, case: dict[str, Any]) -> list[str]:
 
 
 def _trained(folder: Path, setting: dict[str, Any]) -> dict[str, Any]:
-    """Threads are those of the process: they belong to what is kept, and are no option of a training."""
-    options = {name: value for name, value in setting.items() if name != "threads"}
-    return part(folder, setting, lambda: train(**options))
+    return part(folder, setting, lambda: train(**setting))

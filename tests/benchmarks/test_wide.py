@@ -89,7 +89,7 @@ SETTING = {"device": "cpu", "batch": 16, "hidden": 4, "seed": 0, "net_rate": 1e-
 def test_only_steps_count_into_the_budget(monkeypatch, directions):
     seconds = [0.0]
 
-    def now(device):
+    def process_time():
         seconds[0] += 0.5
         return seconds[0]
 
@@ -97,7 +97,7 @@ def test_only_steps_count_into_the_budget(monkeypatch, directions):
         seconds[0] += 100
         return measure(flow, rows)
 
-    monkeypatch.setattr(wide_training, "now", now)
+    monkeypatch.setattr(wide_training, "time", Namespace(process_time=process_time))
     monkeypatch.setattr(wide_training, "_nll", nll)
     gaussian = {**SETTING, "problem": "gaussian", "couplings": 0, "mix": "dense", "directions": directions}
     result = wide_training.train(n=16, budget=20, **gaussian)
@@ -170,7 +170,6 @@ def row(method, test, validation=None, **more):
         "budget": 8.0,
         "seed": 0,
         "device": "cpu",
-        "cores": 1.4,
     }
     seconds = [0.0, 1.0, 2.0, 4.0, 8.0]
     return {**case, "method": method, "seconds": seconds, "steps": [0, 1, 2, 4, 8], "test": test} | {
@@ -207,15 +206,12 @@ def test_claims_are_judged_by_their_rules():
     assert [(claim["ours"], claim["holds"]) for claim in found] == [
         ("4.0, P4Inv, rank 8", True),
         ("8.0, P4Inv, rank 8", True),
-        ("at least 1.40", True),
         ("1 of 1", True),
     ]
     slow = row("P4Inv, rank 8", [5, 5, 5, 5, 4.5])
-    busy = {**slow, "cores": 0.5}
-    assert [(claim["ours"].split(",")[0], claim["holds"]) for claim in claims({"rows": [*others, busy]})] == [
+    assert [(claim["ours"].split(",")[0], claim["holds"]) for claim in claims({"rows": [*others, slow]})] == [
         ("not", False),
         ("not", False),
-        ("at least 0.50", False),
         ("0 of 1", False),
     ]
     elsewhere = [{**found, "device": "cuda"} for found in (*others, {**ours, "n": 1024})]
@@ -224,7 +220,7 @@ def test_claims_are_judged_by_their_rules():
 
 # --- the command --------------------------------------------------------------------------------------------
 
-SMALL = "wide --quick --budget 0.03 --threads 1 --methods reversed LU P4Inv-8 --parts {}"
+SMALL = "wide --quick --budget 0.03 --methods reversed LU P4Inv-8 --parts {}"
 
 
 def test_wide_goes_on_from_its_parts(monkeypatch, tmp_path, capsys):
@@ -260,7 +256,7 @@ def test_wide_goes_on_from_its_parts(monkeypatch, tmp_path, capsys):
     assert call(monkeypatch, tmp_path, small)["rows"] == rows
 
 
-@pytest.mark.parametrize("option", ["--budget 0", "--seeds -1", "--couplings x", "--threads 0"])
+@pytest.mark.parametrize("option", ["--budget 0", "--seeds -1", "--couplings x"])
 def test_numbers_are_above_zero(option, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         call(monkeypatch, tmp_path, f"wide {option}")
