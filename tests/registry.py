@@ -167,10 +167,12 @@ def contract_cases() -> dict[str, tuple[Callable[[], P4Layer], Tensor | tuple[Te
             parts = (layer.dim0, layer.dim1) if hasattr(layer, "dim0") else (N,)
             channels = tuple(_input(5, part) for part in parts)
             found[name] = lambda make=make: make(N, dtype=torch.float64), channels
+            if name in ("P4Inv", "InvertibleLinear", "P4InvStack", "P4Orthogonal"):
+                found[f"{name} of width one"] = lambda make=make: make(1, dtype=torch.float64), _input(5, 1)
     return found | OTHER_LAYERS
 
 
-# A swap of one feature has nothing to swap, and orthogonal matrices of one entry are -1 and 1.
+# A swap of one feature has nothing to swap, and orthogonal matrices of one entry, -1 and 1, nothing to train.
 CASES = [(name, n) for n in (N, 1) for name in LAYERS if n > 1 or not ("Swap" in name or "Orthogonal" in name)]
 """Every layer of LAYERS at its usual width, and at width one."""
 

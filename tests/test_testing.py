@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from p4flows import MergeOutcome, P4Layer, P4Linear
+from p4flows import MergeOutcome, P4Layer, P4Linear, P4Orthogonal
 from p4flows.testing import CHECKS, check_perturbation
 
 
@@ -168,6 +168,65 @@ class IsCompiledAnewAfterMerges(Positive):
         return super().forward(x) + (self.count - self.count)
 
 
+class SkipsEverySeventh(Positive):
+    count = 0
+
+    def merge(self, force=False):
+        self.count += 1
+        return torch.tensor(0) if self.count % 7 == 0 else super().merge(force)
+
+
+class ZeroesMoreThanItSays(Positive):
+    zeroed = ()
+
+
+class SaysNothingOfTheSet(Positive):
+    def violation(self):
+        return torch.zeros((), dtype=torch.float64)
+
+
+class IsLedOutByAnotherParameter(Positive):
+    """The factors are ``a d exp(b c)``, and the optimizer does with d what it likes."""
+
+    def __init__(self):
+        super().__init__()
+        self.d = nn.Parameter(torch.tensor(0.2))
+
+    def forward(self, x):
+        return self.d * super().forward(x)
+
+    def violation(self):
+        return (-self.a * self.d.detach()).clamp(min=0).max().double()
+
+
+class Scales(Positive):
+    """The same with an inverse and a log-determinant, as in nflows."""
+
+    def forward(self, x):
+        return super().forward(x), self._log().expand(x.shape[:-1])
+
+    def inverse(self, y):
+        return y / (self.a * (self.b * self.c).exp()), -self._log().expand(y.shape[:-1])
+
+    def _log(self):
+        return self.a.log().sum() + (self.b * self.c).sum()
+
+
+class HasAWrongInverse(Scales):
+    def inverse(self, y):
+        return y / self.a, super().inverse(y)[1]
+
+
+class HasAWrongLogDeterminant(Scales):
+    def _log(self):
+        return super()._log() + 0.5
+
+
+class HasOneLogDeterminant(Scales):
+    def inverse(self, y):
+        return super().inverse(y)[0]
+
+
 class DoesNotLearn(Positive):
     def merge(self, force=False):
         self.reset()
@@ -193,11 +252,24 @@ FAULTS = [
     (BreaksTheGraph, "compiling"),
     (IsCompiledAnewAfterMerges, "compiling"),
     (DoesNotLearn, "training"),
+    (SkipsEverySeventh, "loading"),
+    (ZeroesMoreThanItSays, "merging"),
+    (SaysNothingOfTheSet, "noticing"),
+    (IsLedOutByAnotherParameter, "sequences"),
+    (HasAWrongInverse, "bijection"),
+    (HasAWrongLogDeterminant, "bijection"),
+    (HasOneLogDeterminant, "bijection"),
 ]
 
 
-def test_a_layer_without_faults_passes():
-    check_perturbation(Positive)
+@pytest.mark.parametrize("layer", [Positive, Scales])
+def test_a_layer_without_faults_passes(layer):
+    check_perturbation(layer)
+
+
+def test_a_layer_that_has_nothing_to_train_passes():
+    check_perturbation(lambda: P4Orthogonal(1), steps=100)
+    assert not any(p.requires_grad for p in P4Orthogonal(1).perturbation)
 
 
 @pytest.mark.parametrize(("layer", "check"), FAULTS, ids=[layer.__name__ for layer, _ in FAULTS])

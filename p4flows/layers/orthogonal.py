@@ -42,7 +42,8 @@ class P4Orthogonal(Frozen, LowRank, P4Layer):
 
     Args:
         features: n, the size of the last dimension of the input. For n = 1 there is nothing to train but b.
-        rank: k, 1 <= k <= n; by default n / 2, but at least 1 and at most 64.
+        rank: k, 1 <= k <= n; by default n / 2, but at least 1 and at most 64. Up to n = 128 a merge at the default
+            rank costs O(n³) therefore, and every row as much as a few matrices of n × n.
         bias: whether there is a trained b (n,), which starts at zero.
         init: the A to start from: "identity"; "reverse" (A[i, n-1-i] = 1); "orthogonal" (random, from ``seed``); a
             permutation p, an integer tensor (n,), so that ``y = x[..., p]``; or an orthogonal (n, n) matrix, of which
@@ -101,6 +102,9 @@ class P4Orthogonal(Frozen, LowRank, P4Layer):
             self.register_frozen(_orthogonal("init", start.A), dtype)
             self.register_buffer("sign_A", start.sign.long())
             self.register_perturbation(self.A, self.rank, number, bias)
+            if self.features == 1:  # O(1) has two elements, and no way from one to the other
+                self.U.requires_grad_(False)
+                self.V.requires_grad_(False)
         move(self, device)
 
     def extra_repr(self) -> str:
@@ -226,6 +230,15 @@ class P4Orthogonal(Frozen, LowRank, P4Layer):
             self.set_frozen(rotation.nearest_orthogonal(self.exact))
         return torch.full_like(self.merges, int(Correction.INVERTED if off else Correction.NONE))
 
+    def refusal(self, M: Tensor) -> str | None:
+        return super().refusal(M) or _not_orthogonal(rotation.defect(M))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        if not self.A.is_meta:
+            self.correct()  # an A of little precision
+            self.sign_A.copy_(torch.linalg.slogdet(self.exact.double()).sign)
+
     @classmethod
     def correct_all(cls, layers: Sequence[Any], where_needed: bool = False) -> Tensor:
         """Correct all layers, or none with ``where_needed``, since merges leave nothing to correct; (len(layers),)."""
@@ -236,9 +249,14 @@ class P4Orthogonal(Frozen, LowRank, P4Layer):
 
 def _orthogonal(name: str, M: Tensor) -> Tensor:
     error = rotation.defect(M)
-    if error > 1e-3:
-        raise ValueError(f"{name}: expected an orthogonal matrix, got one with max|MᵀM - I| = {error:.2g}")
+    wrong = _not_orthogonal(error)
+    if wrong is not None:
+        raise ValueError(f"{name}: {wrong}")
     return M if error == 0 else rotation.nearest_orthogonal(M)
+
+
+def _not_orthogonal(error: Tensor) -> str | None:
+    return None if error <= 1e-3 else f"expected an orthogonal matrix, got one with max|MᵀM - I| = {error:.2g}"
 
 
 def _zeros(x: Tensor) -> Tensor:

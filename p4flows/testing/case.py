@@ -71,21 +71,38 @@ class Case:
     def call(self, layer: P4Layer, function: Callable[..., Any] | None = None) -> Outputs:
         """What the layer makes of the example: all tensors that it returns. ``function`` computes it if it is given."""
         parameter = layer.perturbation[0]
-        results = (function or layer)(*(x.to(parameter.device, parameter.dtype) for x in self.example))
+        return self.call_with(function or layer, [x.to(parameter.device, parameter.dtype) for x in self.example])
+
+    def call_with(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> Outputs:
+        """All tensors that the function returns."""
+        results = function(*inputs)
         return [results] if isinstance(results, Tensor) else list(results)
+
+    def trained(self, layer: P4Layer) -> list[nn.Parameter]:
+        """What is trained of the perturbation: nothing, if the layer has frozen it since its S has no neighbours."""
+        return [p for p in layer.perturbation if p.requires_grad]
 
     @torch.no_grad()
     def outputs(self, layer: P4Layer, function: Callable[..., Any] | None = None) -> Outputs:
         """As :meth:`call`, without gradients, in float64 on the CPU."""
         return [out.to("cpu", torch.float64) for out in self.call(layer, function)]
 
-    @torch.no_grad()
     def perturb(self, layer: P4Layer, generator: torch.Generator, scale: float | None = None) -> None:
         """Normal noise on what is trained of the perturbation."""
-        for p in layer.perturbation:
-            if p.requires_grad:
-                noise = torch.randn(p.shape, dtype=torch.float64, generator=generator)
-                p.add_((self.scale if scale is None else scale) * noise.to(p))
+        self._add_noise(self.trained(layer), generator, scale)
+
+    def perturb_others(self, layer: P4Layer, generator: torch.Generator) -> None:
+        """Normal noise on what is trained beside the perturbation, such as a bias."""
+        own = {id(p) for p in layer.perturbation}
+        self._add_noise([p for p in layer.parameters() if p.requires_grad and id(p) not in own], generator)
+
+    @torch.no_grad()
+    def _add_noise(
+        self, parameters: list[nn.Parameter], generator: torch.Generator, scale: float | None = None
+    ) -> None:
+        for p in parameters:
+            noise = torch.randn(p.shape, dtype=torch.float64, generator=generator)
+            p.add_((self.scale if scale is None else scale) * noise.to(p))
 
     def merge(self, layer: P4Layer, force: bool = False) -> Tensor:
         """Merge as the scheduler does; the outcomes without reasons."""

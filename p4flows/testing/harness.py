@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from p4flows.checks import integer, items, number
 from p4flows.perturbation import P4Layer
-from p4flows.testing import checks
+from p4flows.testing import checks, states
+from p4flows.testing.bijection import bijection
 from p4flows.testing.case import Case
 from p4flows.testing.sequences import sequences
 
@@ -17,8 +18,11 @@ __all__ = ["CHECKS", "check_perturbation"]
 
 CHECKS: dict[str, Callable[[Case], None]] = {
     **{name: getattr(checks, name) for name in ("declarations", "identity", "gradients", "merging", "not_finite")},
+    "bijection": bijection,
     "sequences": sequences,
-    **{name: getattr(checks, name) for name in ("training", "resuming", "copies", "draws", "groups", "modes")},
+    "training": checks.training,
+    **{name: getattr(states, name) for name in ("resuming", "loading", "noticing", "copies", "draws")},
+    **{name: getattr(checks, name) for name in ("groups", "modes")},
     **{name: getattr(checks, name) for name in ("conversions", "half_precision", "devices", "compiling")},
 }
 """The checks of :func:`check_perturbation`, in their order; each says in its docstring what it asks for."""
@@ -38,8 +42,10 @@ def check_perturbation(
 
     It has to start at B₀, to be merged without a change of its function, and to keep its property over random sequences
     of perturbations, merges, forced merges, corrections and resets, and after training; what is not finite must not
-    get into it; and it has to stand state dicts, copies, resumed trainings, seeds, groups, other precisions, devices
-    and compilation. :data:`CHECKS` has all checks, and says what each of them asks for.
+    get into it; where it has an inverse and a log|det| they have to be right; and it has to stand state dicts, copies,
+    resumed trainings, seeds, groups, other precisions, devices and compilation. :data:`CHECKS` has all checks, and says
+    what each of them asks for. What the property is, ``violation`` alone says: for a layer with another one than
+    invertibility, test that by itself.
 
     Args:
         constructor: makes a layer. Two calls after the same ``torch.manual_seed`` have to make equal ones. For the

@@ -30,7 +30,7 @@ def certified_norm(M: Tensor, x: Tensor, wanted: float = math.inf) -> float:
     next it finds the norm of a matrix that changes slowly.
     """
     M, exponent = _scaled(M.double())
-    wanted = math.ldexp(wanted, -exponent)
+    wanted *= 2.0**-exponent  # infinite rather than an error where it is too large to matter
     wide = M.shape[0] < M.shape[1]
     z = _normalised(M @ x.double() if wide else x.double())
     M = M.mT if wide else M
@@ -41,8 +41,8 @@ def certified_norm(M: Tensor, x: Tensor, wanted: float = math.inf) -> float:
     low, total = torch.stack([z @ (G @ z), G.diagonal().sum()]).tolist()
     low = max(low, total / len(G))  # the mean of the eigenvalues is not above the largest
     trials = [low * (1 + step) ** 2 for step in _STEPS]
-    if low <= wanted**2:
-        trials.append(wanted**2)
+    if low <= wanted * wanted:
+        trials.append(wanted * wanted)
     for square in sorted(trials):
         if square >= total:
             break
@@ -51,7 +51,7 @@ def certified_norm(M: Tensor, x: Tensor, wanted: float = math.inf) -> float:
         rest = -G
         rest.diagonal().add_(square - slack)
         if int(torch.linalg.cholesky_ex(rest).info) == 0:
-            return math.ldexp(wanted if square == wanted**2 else math.sqrt(square), exponent)
+            return math.ldexp(wanted if square == wanted * wanted else math.sqrt(square), exponent)
     return math.ldexp(math.sqrt(total) * (1 + (len(M) + len(G)) * _EPS), exponent)  # the Frobenius norm
 
 

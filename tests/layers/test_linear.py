@@ -114,6 +114,8 @@ def test_copies_and_checkpoints_draw_the_same_perturbations():
 
 
 def test_wrong_layer():
+    with pytest.raises(ValueError, match=r"layer: expected one that has seen an input, got a new LazyLinear"):
+        P4Linear.from_linear(nn.LazyLinear(3))
     with pytest.raises(ValueError, match=r"layer: expected an nn.Linear or an nn.Conv2d, got Conv1d"):
         P4Linear.from_linear(nn.Conv1d(1, 1, 1))
 

@@ -132,8 +132,33 @@ def test_conversions_and_checkpoints_of_other_precisions_stay_in_the_set():
 
 
 def test_a_checkpoint_of_a_larger_bound_is_refused():
-    with pytest.raises(RuntimeError, match=r"norm_bound: expected at most 0.5, got 0.9"):
-        P4Lipschitz(6, 6, 0.5).load_state_dict(P4Lipschitz(6, 6, 0.9).state_dict())
+    large = P4Lipschitz(6, 6, 0.9)
+    large.set_matrix(0.8 * torch.eye(6))
+    layer = P4Lipschitz(6, 6, 0.5)
+    before = layer.A.clone()
+    with pytest.raises(RuntimeError, match=r"A: expected a spectral norm of at most 0.5, got 0.8"):
+        layer.load_state_dict(large.state_dict())
+    assert torch.equal(layer.A, before)
+    large.set_matrix(0.4 * torch.eye(6))  # which is in the smaller set too
+    layer.load_state_dict(large.state_dict())
+    assert norm(layer.A) <= layer.norm_bound <= 0.5
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, 0.0, 0.1])
+def test_what_a_state_says_of_the_norm_is_proved(number):
+    state = P4Lipschitz(6, 4, 0.5).state_dict()
+    state["norm_bound"] = torch.tensor(number, dtype=torch.float64)
+    layer = P4Lipschitz(6, 4, 0.5)
+    layer.load_state_dict(state)
+    assert norm(layer.A) <= layer.norm_bound <= 0.5
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_state_that_is_not_finite_is_refused(number):
+    state = P4Lipschitz(6, 4, 0.5).state_dict()
+    state["A"][0, 0] = number
+    with pytest.raises(RuntimeError, match=r"A: expected a matrix whose entries are finite"):
+        P4Lipschitz(6, 4, 0.5).load_state_dict(state)
 
 
 def test_set_matrix_refuses_what_is_not_in_the_set():
@@ -153,7 +178,15 @@ def test_averages_stay_in_the_set():
         assert norm(averaged.module[0].A) <= averaged.module[0].norm_bound <= 0.5
 
 
-@pytest.mark.parametrize("bound", [0, -1.0, math.nan, math.inf, None, "1"])
+@pytest.mark.parametrize("bound", [0, 1e-40, -1.0, math.nan, math.inf, None, "1"])
 def test_wrong_bound(bound):
-    with pytest.raises(ValueError, match="bound: expected a finite number > 0"):
+    with pytest.raises(ValueError, match=r"bound: expected a finite number >= 1.17549e-38"):
         P4Lipschitz(3, 3, bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bound_of_any_size_is_kept(dtype):
+    for bound in (1e-37, 1e300):
+        layer = P4Lipschitz(4, 5, bound, dtype=dtype)
+        perturb(layer, min(bound, 1.0)).merge()
+        assert 0 < norm(layer.A) <= layer.norm_bound <= bound

@@ -226,3 +226,27 @@ def test_no_square_temporary_in_either_direction():
         with torch.profiler.profile(profile_memory=True) as profile:
             direction(x)[0].sum().backward()
         assert max(event.cpu_memory_usage for event in profile.events()) < n * n * 4
+
+
+def test_a_state_with_a_matrix_that_is_not_orthogonal_is_refused():
+    layer = P4Orthogonal(N, seed=3)
+    before = layer.A.clone()
+    for change, message in (
+        (lambda A: 1.01 * A, r"A: expected an orthogonal matrix, got one with max\|MᵀM - I\| = 0.02"),
+        (lambda A: A * torch.nan, r"A: expected a matrix whose entries are finite"),
+    ):
+        state = train(P4Orthogonal(N)).state_dict()
+        state |= {name: change(state[name]) for name in ("A", "A_double")}
+        with pytest.raises(RuntimeError, match=message):
+            layer.load_state_dict(state)
+        assert torch.equal(layer.A, before)
+
+
+def test_a_state_of_little_precision_becomes_orthogonal():
+    state = train(P4Orthogonal(N, init="reverse")).state_dict()
+    state |= {"A_double": state["A"].double(), "sign_A": -state["sign_A"]}
+    assert defect(state["A_double"]) > 1e-9
+    layer = P4Orthogonal(N)
+    layer.load_state_dict(state)
+    assert defect(layer.exact) < 1e-12
+    assert layer.sign == torch.linalg.det(layer.exact).sign()
