@@ -1,6 +1,7 @@
 """Wrong arguments of every public constructor and function: a ValueError or TypeError that names the argument."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from p4flows import (
     Inverse,
     InvertibleLinear,
     MergeScheduler,
+    P4Conv2d,
     P4Inv,
     P4InvStack,
     P4Linear,
@@ -62,6 +64,7 @@ LAYER = {
     **{"bounds_det": (-2.5, 15.5), "bounds_penalty": (None, 15.0), "penalty_weight": 0.1, "device": "cpu"},
     "dtype": torch.float32,
 }
+CONVOLUTION = {"in_channels": 2, "out_channels": 4, "kernel_size": 3}
 CALLS = {
     "P4Inv": (P4Inv, LAYER),
     "InvertibleLinear": (
@@ -112,6 +115,8 @@ CALLS = {
     "dense inverse": (lambda input: InvertibleLinear(3).inverse(input), {"input": torch.ones(2, 3)}),
     "activation": (lambda input: BentIdentity()(input), {"input": torch.ones(2, 3)}),
     "activation inverse": (lambda input: Inverse(BentIdentity())(input), {"input": torch.ones(2, 3)}),
+    "P4Conv2d": (P4Conv2d, {"rank": 1, "seed": 0, "bias": True, "dtype": torch.float32, **CONVOLUTION}),
+    "report": (p4flows.report, {"model": P4Inv(3)}),
     "from_linear": (P4Linear.from_linear, {"layer": nn.Linear(3, 2), "rank": 1, "seed": 0}),
     "correct": (P4Inv(3).correct, {"order": 7}),
     "set_matrix": (P4Inv(3).set_matrix, {"M": torch.eye(3)}),
@@ -124,6 +129,9 @@ try:
         MixedCoordinates,
         OpenMMEnergy,
         alanine_dipeptide,
+        clear_cache,
+        importance_weights,
+        load_trajectory,
         regularize_energy,
         simulate,
     )
@@ -135,6 +143,7 @@ else:
         80, 22, 3, generator=torch.Generator().manual_seed(0)
     )
     ENERGY = OpenMMEnergy(MOLECULE.system, 600.0)
+    PROLINE = Path(__file__).parent / "data" / "molecules" / "proline_dipeptide.pdb"
     CALLS |= {
         "OpenMMEnergy": (
             OpenMMEnergy,
@@ -144,6 +153,20 @@ else:
             },
         ),
         "energy": (ENERGY, {"positions": FRAMES[:2]}),
+        "importance_weights": (
+            importance_weights,
+            {name: torch.zeros(3) for name in ("log_q", "energy", "logabsdet")} | {"in_range": torch.ones(3).bool()},
+        ),
+        "load_trajectory": (load_trajectory, {"source": np.array(FRAMES), "molecule": MOLECULE}),
+        "from_openmm": (
+            p4flows.molecules.Molecule.from_openmm,
+            {
+                **{"topology": MOLECULE.topology, "system": MOLECULE.system, "positions": MOLECULE.positions},
+                **{"z_matrix": MOLECULE.z_matrix, "rigid_block": MOLECULE.rigid_block},
+            },
+        ),
+        "from_pdb": (p4flows.molecules.Molecule.from_pdb, {"path": PROLINE, "forcefield": "amber14-all.xml"}),
+        "clear_cache": (clear_cache, {"keys": []}),
         "regularize_energy": (regularize_energy, {"u": torch.ones(2), "e_high": 10.0, "e_max": 1e6}),
         "MixedCoordinates": (
             MixedCoordinates,
@@ -197,10 +220,35 @@ else:
         "as_bgflow_energy": (p4flows.bgflow.as_bgflow_energy, {"energy": None}),
     }
 
+try:
+    import normflows
+
+    import p4flows.normflows
+except ImportError:
+    pass
+else:
+
+    def normflows_swaps(**more):
+        return p4flows.normflows.replace_permutations(nn.ModuleList([normflows.flows.Permute(3)]), **more)
+
+    CALLS["normflows"] = normflows_swaps, {"rank": 1, "linear": True, "seed": 0, "layer": P4Inv, "bias": True}
+    CALLS["normflows in"] = p4flows.normflows.replace_permutations, {"model": None}
+try:
+    import zuko
+
+    import p4flows.zuko
+except ImportError:
+    pass
+else:
+    OPTIONS = {"rank": 1, "seed": 0, "layer": P4Inv, "bias": True}
+    CALLS["insert_linear"] = lambda **more: p4flows.zuko.insert_linear(zuko.flows.NICE(3), **more), OPTIONS
+    CALLS["insert_linear in"] = p4flows.zuko.insert_linear, {"flow": None}
+    CALLS["zuko in"] = p4flows.zuko.replace_permutations, {"flow": None}
+
 RUNS = [(name, argument) for name, (_, arguments) in CALLS.items() for argument in arguments]
 
 
-@pytest.mark.filterwarnings("ignore:MergeScheduler has nothing", "ignore:replace_.* found nothing")
+@pytest.mark.filterwarnings("ignore:MergeScheduler has nothing", "ignore:(replace|insert)_.* found no")
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence", "ignore:applying swapping on a single")  # of bgflow
 @pytest.mark.parametrize(("name", "argument"), RUNS, ids=[f"{name}-{argument}" for name, argument in RUNS])
 def test_wrong_arguments(name, argument, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 from torch.nn.parameter import is_lazy
 
-from p4flows.checks import move
+from p4flows.checks import integer, move
 from p4flows.layers.affine import Affine
 from p4flows.layers.inputs import require_floating
 from p4flows.perturbation import MergeOutcome
@@ -124,7 +124,7 @@ class P4Conv2d(P4Linear):
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: those of
-            ``nn.Conv2d``, whose errors are torch's.
+            ``nn.Conv2d``.
         rank: k, 1 <= k <= min(m, n), where m is ``out_channels`` and n = in_channels / groups × kernel height × width.
         seed, device, dtype: as for :class:`P4Linear`.
 
@@ -160,7 +160,16 @@ class P4Conv2d(P4Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         geometry = stride, padding, dilation, groups
-        plain = nn.Conv2d(in_channels, out_channels, kernel_size, *geometry, False, padding_mode, device="meta")
+        in_channels, out_channels = integer("in_channels", in_channels, 1), integer("out_channels", out_channels, 1)
+        for size in kernel_size if isinstance(kernel_size, tuple | list) else (kernel_size,):
+            integer("kernel_size", size, 1)
+        try:
+            plain = nn.Conv2d(in_channels, out_channels, kernel_size, *geometry, False, padding_mode, device="meta")
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                "kernel_size, stride, padding, dilation, groups, padding_mode: expected what nn.Conv2d takes, which "
+                f"says: {error}"
+            ) from error
         super().__init__(plain.weight[0].numel(), out_channels, rank, bias, seed, device=device, dtype=dtype)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, plain.kernel_size
         for name in _GEOMETRY:

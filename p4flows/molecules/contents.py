@@ -63,10 +63,12 @@ def clear_cache(
         those that were removed, and those that were left because a simulation is running in them.
 
     Raises:
-        ValueError: for a key that is not there; then nothing is removed.
+        ValueError: for a key that is not there, or keys that are no collection; then nothing is removed.
         OSError: for files that cannot be removed.
     """
     found = {simulation.key: simulation for simulation in cached_simulations(cache)}
+    if not isinstance(keys, list | tuple | set | frozenset | None):
+        raise ValueError(f"keys: expected a list of keys, got {keys!r}")
     chosen = list(found) if keys is None else list(keys)
     unknown = [key for key in chosen if key not in found]
     if unknown:

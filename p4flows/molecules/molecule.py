@@ -75,18 +75,21 @@ class Molecule:
         Raises:
             ValueError: for a file or an option that OpenMM refuses, and as :meth:`from_openmm`.
         """
-        if not Path(path).is_file():
+        if not isinstance(path, str | os.PathLike) or not Path(path).is_file():
             raise ValueError(f"path: expected a PDB file, got {str(path)!r}, which is no file")
         allowed = None, app.HBonds, app.AllBonds, app.HAngles
         if not any(constraints is kind for kind in allowed):  # OpenMM takes anything else for None
             raise ValueError(f"constraints: expected None, openmm.app.HBonds or AllBonds, got {constraints!r}")
         settings = {"nonbondedMethod": app.NoCutoff, "rigidWater": False, "removeCMMotion": False, **options}
         try:
-            pdb = app.PDBFile(str(path))
             files = (forcefield,) if isinstance(forcefield, str | os.PathLike) else forcefield
-            field = files if isinstance(files, app.ForceField) else app.ForceField(*files)
-            system = field.createSystem(pdb.topology, constraints=constraints, **settings)
+            field = files if isinstance(files, app.ForceField) else app.ForceField(files[0], *files[1:])
         except Exception as error:  # OpenMM raises plain Exceptions too
+            raise ValueError(f"forcefield: expected files of OpenMM, got {forcefield!r}: {error}") from error
+        try:
+            pdb = app.PDBFile(str(path))
+            system = field.createSystem(pdb.topology, constraints=constraints, **settings)
+        except Exception as error:
             raise ValueError(
                 f"{path}: OpenMM could not make a system of it: {error}. Missing hydrogens are added, and waters and "
                 "ions removed, by openmm.app.Modeller; hand its topology and positions to Molecule.from_openmm"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,15 @@ def load_trajectory(source: Any, molecule: Molecule) -> np.ndarray:
         ValueError: if the file is no DCD file, the numbers or the elements of the atoms differ, positions are not
             finite, or bonds have lengths that the molecule cannot have, as with other units or another order of atoms.
     """
+    if not isinstance(molecule, Molecule):
+        raise ValueError(f"molecule: expected a Molecule, got {type(molecule).__name__}")
     if isinstance(source, list | tuple):
         if not source:
             raise ValueError("source: expected at least one trajectory, got none")
         return np.concatenate([load_trajectory(part, molecule) for part in source])
     if isinstance(source, str | os.PathLike):
+        if not Path(source).is_file():
+            raise ValueError(f"source: expected a DCD file, got {str(source)!r}, which is no file")
         name, x = os.fspath(source), read_dcd(source)
     elif isinstance(getattr(source, "xyz", None), np.ndarray) and hasattr(source, "topology"):
         name, x = "the mdtraj.Trajectory", np.asarray(source.xyz, dtype=np.float32)
