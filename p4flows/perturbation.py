@@ -108,7 +108,7 @@ class MergeOutcome(IntEnum):
     - PARTIAL: a part of the perturbation is in the frozen parameters; the rest of it remains (InvertibleLinear), or is
       dropped, since it would have left the feasible set (P4Lipschitz).
 
-    :meth:`P4Layer.merge` returns one of these. :meth:`P4Layer.merge_all` may say why a merge was skipped:
+    :meth:`P4Layer.merge` returns one of these, as an int64 tensor. :meth:`P4Layer.merge_all` may say why a merge was skipped:
 
     - SKIPPED_UPDATE: the update is out of the bounds on ln|G|.
     - SKIPPED_DETERMINANT: the new determinant is out of the bounds on ln|G det A|.
@@ -262,12 +262,21 @@ class P4Layer(nn.Module, ABC):
     @classmethod
     def merge_all(cls, layers: Sequence[P4Layer], force: bool = False) -> Tensor:
         """Merge layers of equal ``group_key``; the outcomes, (len(layers), ...), which may say why one was skipped."""
-        return torch.stack([layer.merge(force) for layer in layers])
+        return torch.stack([_outcome(layer, layer.merge(force)) for layer in layers])
 
     @classmethod
     def correct_all(cls, layers: Sequence[P4Layer], where_needed: bool = False) -> Tensor:
         """Correct layers of equal ``group_key``, or only those that a cheap test finds in need; (len(layers), ...)."""
         return torch.stack([layer.correct() for layer in layers])
+
+
+def _outcome(layer: P4Layer, given: Any) -> Tensor:
+    if not isinstance(given, Tensor):
+        raise TypeError(
+            f"{type(layer).__name__}.merge: expected a MergeOutcome as an int64 tensor, such as "
+            f"torch.tensor(int(MergeOutcome.MERGED)), got {given!r}"
+        )
+    return given
 
 
 def _tell(layer: P4Layer) -> None:

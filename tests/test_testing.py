@@ -233,8 +233,15 @@ class DoesNotLearn(Positive):
         return torch.tensor(1)
 
 
+class ReturnsAnOutcomeThatIsNoTensor(Positive):
+    def merge(self, force=False):
+        super().merge(force)
+        return MergeOutcome.MERGED
+
+
 FAULTS = [
     (PerturbationsAreTensors, "declarations"),
+    (ReturnsAnOutcomeThatIsNoTensor, "declarations"),
     (MergesNaN, "not_finite"),
     (ForgetsHalf, "merging"),
     (StaysPerturbed, "merging"),
@@ -296,6 +303,12 @@ def test_the_generator_of_torch_is_left_as_it_was():
     before = torch.get_rng_state()
     check_perturbation(Positive, steps=5, skip=["compiling"])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_merge_that_returns_no_tensor_is_explained():
+    layer = ReturnsAnOutcomeThatIsNoTensor()
+    with pytest.raises(TypeError, match=r"merge: expected a MergeOutcome as an int64 tensor, .* got .*MERGED"):
+        ReturnsAnOutcomeThatIsNoTensor.merge_all([layer])
 
 
 def test_wrong_arguments():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from p4flows.checks import Bounds, bounds, flag, floating, integer, move
 from p4flows.layers.dense_gradients import forward_map, inverse_map, straight_through
-from p4flows.layers.export import as_linear
+from p4flows.layers.export import FromLinear, as_linear
 from p4flows.layers.tracked import Tracked
 from p4flows.perturbation import MergeOutcome, P4Layer
 from p4flows.tracking.following import follow_
@@ -22,7 +22,7 @@ from p4flows.tracking.noise import directions
 __all__ = ["InvertibleLinear"]
 
 
-class InvertibleLinear(Tracked, P4Layer):
+class InvertibleLinear(FromLinear, Tracked, P4Layer):
     r"""Invertible linear layer ``y = A x + b``, in which A follows a dense trained weight W by low-rank updates.
 
     W is an ordinary parameter, as that of ``nn.Linear``, for any optimizer that evaluates the loss at the weights only.

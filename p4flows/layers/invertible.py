@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from p4flows.checks import Bounds, floating, integer, move
-from p4flows.layers.export import as_linear
+from p4flows.layers.export import FromLinear, as_linear
 from p4flows.layers.gradients import forward_map, inverse_map
 from p4flows.layers.perturbed import PerturbedInverse
 from p4flows.tracking.initial import initial_matrix
@@ -14,7 +14,7 @@ from p4flows.tracking.initial import initial_matrix
 __all__ = ["P4Inv"]
 
 
-class P4Inv(PerturbedInverse):
+class P4Inv(FromLinear, PerturbedInverse):
     r"""Invertible linear layer ``y = (A + U Vᵀ) x + b``, trained through the rank-k perturbation ``U Vᵀ``.
 
     A, its inverse and its determinant are frozen. With the capacitance ``C = I + Vᵀ A⁻¹ U`` and G = det C,
@@ -61,7 +61,8 @@ class P4Inv(PerturbedInverse):
     Shapes: input (..., n) to output (..., n) and log|det| (...), both in the input's dtype (log|det| in float32
     for half-precision input).
 
-    To average models over training use :class:`p4flows.AveragedModel`; for a plain ``nn.Linear``, :meth:`to_linear`.
+    To average models over training use :class:`p4flows.AveragedModel`; for a plain ``nn.Linear``, :meth:`to_linear`, and
+    :meth:`from_linear` to start from one.
 
     Not checked: that A + U Vᵀ is invertible. At G = 0 the forward direction is right, with log|det| = -inf, and
     the inverse is not finite.

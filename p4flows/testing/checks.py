@@ -6,7 +6,7 @@ import copy
 import warnings
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from p4flows.perturbation import MergeOutcome
 from p4flows.testing.case import Case, keeps_function, require
@@ -45,7 +45,8 @@ def declarations(case: Case) -> None:
     require(penalty.shape == (), f"penalty: expected a scalar, got shape {tuple(penalty.shape)}")
     require(penalty.isfinite(), f"penalty: expected a finite one, got {penalty!r}")
     for name, outcome in (("merge", layer.merge()), ("correct", layer.correct())):
-        require(outcome.dtype == torch.int64, f"{name}: expected outcomes in int64, got {outcome.dtype}")
+        kind = outcome.dtype if isinstance(outcome, Tensor) else repr(outcome)
+        require(kind == torch.int64, f"{name}: expected outcomes as an int64 tensor, got {kind}")
 
 
 def identity(case: Case) -> None:

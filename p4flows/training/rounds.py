@@ -149,8 +149,10 @@ class Rounds:
         ids = frozenset().union(*map(held, real))
         for name, layer in self._found().items():
             if any(p.requires_grad and id(p) not in ids for p in layer.perturbation):
+                which = repr(name) if name else "the model itself"
                 raise ValueError(
-                    f"optimizer: expected it to hold the perturbation of every P4 layer, but it lacks that of {name!r}"
+                    "optimizer: expected it to hold the perturbation of every P4 layer, but it lacks that of "
+                    f"{which}; make the optimizer after the layers are in the model"
                 )
         with self._lock:
             for optimizer in real:

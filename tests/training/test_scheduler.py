@@ -261,8 +261,10 @@ def test_bad_input():
     ]:
         with pytest.raises(ValueError, match=message):
             MergeScheduler(model, optimizer, **options)
-    with pytest.raises(ValueError, match=r"lacks that of 'first'"):
+    with pytest.raises(ValueError, match=r"lacks that of 'first'; make the optimizer after the layers are in the model"):
         MergeScheduler(model, torch.optim.SGD(model.other.parameters(), lr=1.0))
+    with pytest.raises(ValueError, match=r"lacks that of the model itself; "):
+        MergeScheduler(model.first, torch.optim.SGD(model.other.parameters(), lr=1.0))
     with pytest.raises(ValueError, match=r"model: expected a torch.nn.Module"):
         MergeScheduler([model], optimizer)
     with pytest.raises(ValueError, match=r"optimizer: expected a torch.optim.Optimizer"):
