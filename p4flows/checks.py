@@ -86,7 +86,7 @@ def floating(dtype: torch.dtype | None) -> torch.dtype:
 def move(module: nn.Module, device: torch.device | str | int | None) -> None:
     """Move a new module from the CPU to the argument ``device``, or to torch's default device if there is none."""
     if device is None:
-        device = torch.get_default_device()
+        device = torch.empty(0).device  # torch.get_default_device fails where a default was taken back, in torch 2.7
         if device.type == "cpu":
             return
     if isinstance(device, bool) or not isinstance(device, torch.device | str | int):

@@ -108,7 +108,8 @@ class MergeOutcome(IntEnum):
     - PARTIAL: a part of the perturbation is in the frozen parameters; the rest of it remains (InvertibleLinear), or is
       dropped, since it would have left the feasible set (P4Lipschitz).
 
-    :meth:`P4Layer.merge` returns one of these, as an int64 tensor. :meth:`P4Layer.merge_all` may say why a merge was skipped:
+    :meth:`P4Layer.merge` returns one of these, as an int64 tensor. :meth:`P4Layer.merge_all` may say why a merge was
+    skipped:
 
     - SKIPPED_UPDATE: the update is out of the bounds on ln|G|.
     - SKIPPED_DETERMINANT: the new determinant is out of the bounds on ln|G det A|.

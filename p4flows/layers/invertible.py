@@ -61,8 +61,8 @@ class P4Inv(FromLinear, PerturbedInverse):
     Shapes: input (..., n) to output (..., n) and log|det| (...), both in the input's dtype (log|det| in float32
     for half-precision input).
 
-    To average models over training use :class:`p4flows.AveragedModel`; for a plain ``nn.Linear``, :meth:`to_linear`, and
-    :meth:`from_linear` to start from one.
+    To average models over training use :class:`p4flows.AveragedModel`; for a plain ``nn.Linear``, :meth:`to_linear`,
+    and to start from one, :meth:`from_linear`.
 
     Not checked: that A + U Vᵀ is invertible. At G = 0 the forward direction is right, with log|det| = -inf, and
     the inverse is not finite.

@@ -25,7 +25,7 @@ def test_a_layer_starts_from_a_plain_linear_layer(kind, bias):
 
 @pytest.mark.parametrize("kind", [P4Inv, InvertibleLinear])
 def test_a_linear_layer_without_an_inverse_is_refused(kind):
-    with pytest.raises(ValueError, match="linear: expected an nn.Linear, got Conv1d"):
+    with pytest.raises(ValueError, match=r"linear: expected an nn.Linear, got Conv1d"):
         kind.from_linear(nn.Conv1d(3, 3, 1))
     with pytest.raises(ValueError, match="linear: expected as many outputs as inputs, got 3 to 4"):
         kind.from_linear(nn.Linear(3, 4))

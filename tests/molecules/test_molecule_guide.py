@@ -1,6 +1,7 @@
 """The code of docs/molecule.md runs, from the first block to the last, on less data."""
 
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,17 +24,21 @@ SMALLER = {
 }
 
 
+def blocks():
+    text = (ROOT / "docs" / "molecule.md").read_text()
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
 @pytest.mark.filterwarnings("ignore:.*structures have the other handedness")
 def test_every_block_runs(tmp_path, monkeypatch, capsys):
-    text = (ROOT / "docs" / "molecule.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 9
-    code = "\n".join(blocks)
+    assert len(blocks()) == 9
+    code = "\n".join(blocks())
     for usual, small in SMALLER.items():
         assert code.count(usual) == 1
         code = code.replace(usual, small)
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("P4FLOWS_CACHE", str(tmp_path))
+    shutil.copy(ROOT / "tests" / "data" / "molecules" / "proline_dipeptide.pdb", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("P4FLOWS_CACHE", str(tmp_path / "cache"))
     simulate = molecules.simulate
     with ThreadPoolExecutor(2) as executor:
         # Threads for processes: they give the same frames, and need no time to start.
@@ -48,3 +53,22 @@ def test_every_block_runs(tmp_path, monkeypatch, capsys):
     assert np.isfinite(names["weights"].effective_sample_size)
     assert names["same"].n_atoms == 26
     assert torch.isfinite(names["loss"])
+    assert out.count("±") == 2 * 24
+
+
+def test_the_errors_of_a_profile_are_those_of_independent_samples():
+    """That of -ln p is ((1 - p) / N p)^½ for N samples of equal weights, and (E[w²] / E[w]²)^½ times that for others."""
+    (code,) = (block for block in blocks() if "def profile" in block)
+    names = {"np": np}
+    exec(code[code.index("def profile") : code.index("edges =")], names)
+    rng = np.random.default_rng(0)
+    edges, n = np.array([0.0, 0.1, 0.4, 1.0]), 40_000
+    angles, weights, p = rng.random(n), rng.exponential(size=n), np.diff(edges)
+    for given, square in ((np.ones(n), 1), (weights, 2)):
+        F, error = names["profile"](angles, given, edges, blocks=1000)
+        expected = np.sqrt(square * (1 - p) / (n * p))
+        np.testing.assert_allclose(error, expected, rtol=0.1)
+        assert (abs(F + np.log(p)) < 4 * expected).all()
+    F, error = names["profile"](angles / 10, np.ones(n), edges)  # all in the first bin
+    assert F.tolist() == [0, np.inf, np.inf]
+    assert error[0] == 0

@@ -261,7 +261,7 @@ def test_bad_input():
     ]:
         with pytest.raises(ValueError, match=message):
             MergeScheduler(model, optimizer, **options)
-    with pytest.raises(ValueError, match=r"lacks that of 'first'; make the optimizer after the layers are in the model"):
+    with pytest.raises(ValueError, match=r"lacks that of 'first'; make the optimizer after the layers"):
         MergeScheduler(model, torch.optim.SGD(model.other.parameters(), lr=1.0))
     with pytest.raises(ValueError, match=r"lacks that of the model itself; "):
         MergeScheduler(model.first, torch.optim.SGD(model.other.parameters(), lr=1.0))
