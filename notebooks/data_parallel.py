@@ -1,4 +1,4 @@
-"""P4 layers under DistributedDataParallel: run with ``torchrun --nproc-per-node 2 notebooks/data_parallel.py``.
+"""P4 layers under DistributedDataParallel: run with ``torchrun --nproc-per-node 2 data_parallel.py``.
 
 Four things to know:
 
@@ -6,7 +6,8 @@ Four things to know:
   ``forward``, as below; called around it, ``inverse`` would leave the gradients of its part unsynchronised.
 * Every process takes each merge decision by itself, from parameters and buffers that are equal, and draws the new V
   from the layer's seed and merge count: they stay equal, bit for bit, without communication.
-* So ``broadcast_buffers=False`` is safe, and saves sending A and A_inv at every step.
+* So ``broadcast_buffers=False`` (``forward_sync_buffers=False`` from torch 2.13 on) is safe, and saves sending A and A_inv
+  at every step.
 * Where the optimizer's state is too large, ``--zero`` shards it over the processes (ZeroRedundancyOptimizer); the
   training is the same, to the last bit. Sharded parameters (FSDP) are refused.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import inspect
 import os
 
 import torch
@@ -76,7 +78,9 @@ def main() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
 
-    model = DistributedDataParallel(BothDirections(args.features), broadcast_buffers=not args.no_broadcast_buffers)
+    named = inspect.signature(DistributedDataParallel).parameters
+    flag = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"
+    model = DistributedDataParallel(BothDirections(args.features), **{flag: not args.no_broadcast_buffers})
     parameters = [p for p in model.parameters() if p.requires_grad]  # V is fixed between merges
     if args.zero:
         optimizer = ZeroRedundancyOptimizer(parameters, torch.optim.Adam, lr=1e-3)

@@ -1,4 +1,4 @@
-"""Builds in a copy of the repository, and an environment with torch and NumPy alone."""
+"""Builds in a copy of the repository, and environments with named packages and what they require alone."""
 
 import os
 import shutil
@@ -54,28 +54,36 @@ def build_wheel(source, folder):
     return wheel
 
 
-def clean_environment(folder):
-    """A new environment's Python, with torch, NumPy and what they require, and nothing else.
+def clean_environment(folder, *packages):
+    """A new environment's Python, with torch, NumPy, these packages, what they all require, and nothing else.
 
     To install torch takes about a minute. So their files are links to those of the environment that this runs in, with
     their metadata, by which pip finds them installed.
     """
     venv.create(folder, symlinks=True)
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    site = Path(run(python, "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    for name in _closure(["torch", "numpy"]):
+    site = site_of(python)
+    for name in _closure(["torch", "numpy", *packages]):
         for top in {file.parts[0] for file in distribution(name).files} - {"..", "__pycache__"}:
             if not (site / top).exists():  # a folder may belong to several of them
                 (site / top).symlink_to(distribution(name).locate_file(top))
     return python
 
 
+def site_of(python):
+    return Path(run(python, "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+
+
 def _closure(names):
-    found, left = set(), list(names)
+    """The names of all that the packages require, through extras too, such as ``fsspec[http]``."""
+    found, left = set(), [Requirement(name) for name in names]
     while left:
-        name = left.pop()
-        if name not in found:
-            found.add(name)
-            requirements = map(Requirement, distribution(name).requires or ())
-            left += [each.name for each in requirements if not each.marker or each.marker.evaluate({"extra": ""})]
-    return found
+        needed = left.pop()
+        key = needed.name.lower(), frozenset(needed.extras)
+        if key not in found:
+            found.add(key)
+            for text in distribution(needed.name).requires or ():
+                each = Requirement(text)
+                if not each.marker or any(each.marker.evaluate({"extra": e}) for e in ("", *needed.extras)):
+                    left.append(each)
+    return {name for name, _ in found}

@@ -80,6 +80,7 @@ def test_the_wheel_has_the_package_with_its_types_and_nothing_else(wheel, checko
 
 def test_the_version_is_one(metadata):
     assert metadata["Version"] == __version__
+    assert re.search(r"p4flows-([\d.]+)-py3", (ROOT / "docs" / "start.md").read_text())[1] == __version__
     assert re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)[1] == __version__
     assert re.findall(r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == __version__
 

@@ -9,39 +9,13 @@ import warnings
 
 import pytest
 import torch
+from pages import NEEDS, PAGES, ROOT, blocks, name_of, path_of, without_progress
 
 from benchmarks.harness import readme
 from p4flows.installing import REPOSITORY
 
-ROOT = readme.README.parent
-PAGES = sorted(path for path in readme.documents() if path != readme.README)
-NEEDS = {  # what a page imports beside the core
-    "start": (),
-    "howto/averages": (),
-    "howto/bgflow": ("bgflow", "einops"),
-    "howto/choose": (),
-    "howto/counters": (),
-    "howto/export": (),
-    "howto/lightning": ("lightning",),
-    "howto/nflows": ("nflows",),
-    "howto/normflows": ("normflows",),
-    "howto/resume": (),
-    "howto/sbi": ("sbi",),
-    "howto/zuko": ("zuko",),
-    "contract": (),
-}
 MODULES = ("", "nflows", "bgflow", "normflows", "zuko", "lightning", "molecules", "testing")
 ELSEWHERE = {"molecule"}  # tested in tests/molecules
-
-
-def name_of(path):
-    return path.relative_to(ROOT / "docs").with_suffix("").as_posix()
-
-
-def blocks(text):
-    """The Python blocks of a page that are no doctests, each with what it prints by the block after it, or None."""
-    found = re.findall(r"^```python\n(.*?)^```\n(?:\n^```text\n(.*?)^```$)?", text, re.MULTILINE | re.DOTALL)
-    return [(code, printed or None) for code, printed in found if ">>>" not in code]
 
 
 def run(code, namespace, where):
@@ -71,12 +45,10 @@ def test_every_page_with_a_program_is_run():
 def test_the_programs_of_a_page_run_one_after_the_other(page, monkeypatch, tmp_path):
     require(NEEDS[page])
     monkeypatch.chdir(tmp_path)
-    path = ROOT / "docs" / f"{page}.md"
+    path = path_of(page)
     namespace = {"__name__": "__main__"}
     for code, expected in blocks(path.read_text()):
-        printed = run(code, namespace, path.name)
-        if page == "howto/sbi":  # which overwrites a line of its own again and again
-            printed = "".join(line for line in printed.splitlines() if "Training neural network" not in line)
+        printed = without_progress(page, run(code, namespace, path.name))
         if expected is not None or printed:
             assert printed == expected
 

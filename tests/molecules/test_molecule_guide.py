@@ -1,13 +1,12 @@
 """The code of docs/molecule.md runs, from the first block to the last, on less data."""
 
-import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pages import ROOT, blocks, path_of
 
 pytest.importorskip("openmm")
 pytest.importorskip("tqdm")
@@ -15,7 +14,6 @@ pytest.importorskip("nflows")
 
 from p4flows import molecules
 
-ROOT = Path(__file__).parents[2]
 SMALLER = {
     "FRAMES = 40_000": "FRAMES = 160",
     "exchange=200 * femtosecond": "exchange=200 * femtosecond, equilibration=500",
@@ -24,15 +22,14 @@ SMALLER = {
 }
 
 
-def blocks():
-    text = (ROOT / "docs" / "molecule.md").read_text()
-    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+def programs():
+    return [code for code, _ in blocks(path_of("molecule").read_text())]
 
 
 @pytest.mark.filterwarnings("ignore:.*structures have the other handedness")
 def test_every_block_runs(tmp_path, monkeypatch, capsys):
-    assert len(blocks()) == 9
-    code = "\n".join(blocks())
+    assert len(programs()) == 9
+    code = "\n".join(programs())
     for usual, small in SMALLER.items():
         assert code.count(usual) == 1
         code = code.replace(usual, small)
@@ -57,8 +54,8 @@ def test_every_block_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_errors_of_a_profile_are_those_of_independent_samples():
-    """That of -ln p is ((1 - p) / N p)^½ for N samples of equal weights, and (E[w²] / E[w]²)^½ times that for others."""
-    (code,) = (block for block in blocks() if "def profile" in block)
+    """That of -ln p is ((1 - p) / N p)^½ for N samples of equal weights; for others (E[w²] / E[w]²)^½ times that."""
+    (code,) = (block for block in programs() if "def profile" in block)
     names = {"np": np}
     exec(code[code.index("def profile") : code.index("edges =")], names)
     rng = np.random.default_rng(0)
