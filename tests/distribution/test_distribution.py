@@ -99,6 +99,8 @@ def test_the_address_is_one(metadata):
 
 def test_license_typing_and_versions_of_python(metadata):
     assert metadata["License-Expression"] == "MIT"
+    # Older versions leave it out without a word.
+    assert 'requires = ["setuptools>=77.0.3"]' in (ROOT / "pyproject.toml").read_text()
     assert metadata["License-File"] == "LICENSE"
     classifiers = metadata.get_all("Classifier")
     assert "Typing :: Typed" in classifiers
