@@ -6,8 +6,8 @@ Four things to know:
   ``forward``, as below; called around it, ``inverse`` would leave the gradients of its part unsynchronised.
 * Every process takes each merge decision by itself, from parameters and buffers that are equal, and draws the new V
   from the layer's seed and merge count: they stay equal, bit for bit, without communication.
-* So ``broadcast_buffers=False`` (``forward_sync_buffers=False`` from torch 2.13 on) is safe, and saves sending A and A_inv
-  at every step.
+* So ``broadcast_buffers=False`` (``forward_sync_buffers=False`` from torch 2.13 on) is safe, and saves sending A and
+  A_inv at every step.
 * Where the optimizer's state is too large, ``--zero`` shards it over the processes (ZeroRedundancyOptimizer); the
   training is the same, to the last bit. Sharded parameters (FSDP) are refused.
 """
