@@ -23,8 +23,11 @@ _SHOWN = 85.0  # kT, of energies above that
 
 def draw(samples: dict[str, Samples], rows: dict[str, Any], path: Path, stages: tuple[str, ...] = ()) -> Path:
     """``rows`` has what was measured for each origin of samples; with ``stages``, the training curves under these."""
-    figure = new_figure(9.6 if stages else 7.0)
-    parts = figure.subfigures(3 if stages else 2, 1, height_ratios=[1.15, 1, 1] if stages else [1.1, 1])
+    # The plots above are square: the more of them, the less high.
+    square = 0.9 + 8.0 / sum(name != _PERTURBED for name in samples)
+    heights = [square, 3.2, 3.0] if stages else [square, 3.2]
+    figure = new_figure(sum(heights))
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights)
     _ramachandran_plots(parts[0], samples, rows)
     _energies(parts[1].subplots(), samples, rows)
     if stages:
@@ -46,7 +49,7 @@ def _ramachandran_plots(figure: Any, samples: dict[str, Samples], rows: dict[str
         image = ax.pcolormesh(edges, edges, surfaces[name].T, cmap="viridis", vmin=0, vmax=highest)
         divergence = rows[name]["ramachandran_js"]
         what = "training data" if name == "MD" else name
-        ax.set_title(f"{what}\nJS to held-out MD {divergence:.4f} nats", fontsize=9)
+        ax.set_title(f"{what}\nJS to held-out MD:\n{divergence:.4f} nats", fontsize=9)
         ax.set_xlabel("φ (degrees)")
         ax.set_aspect("equal")
         ax.set_xticks(range(-180, 181, 90))
@@ -77,7 +80,7 @@ def _energies(ax: plt.Axes, samples: dict[str, Samples], rows: dict[str, Any]) -
         median = torch.median(s.energy).item()
         ax.hlines(median, i - 0.3, i + 0.3, color="black")
         low_share = 100 * rows[name]["low_energy_fraction"]
-        ticks.append(f"{name}\nmedian {median:.1f} kT\n{low_share:.1f} % below MD's highest")
+        ticks.append(f"{name}\nmedian {median:.1f} kT\n{low_share:.1f} % below\nMD's highest")
     ax.set_xticks(range(len(ticks)), ticks)
     ax.set_xlim(-0.6, len(ticks) - 0.4)
     ax.set_ylim(low, high)
