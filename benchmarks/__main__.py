@@ -36,6 +36,10 @@ COMMANDS = {
         "speed.wide",
         "wide flows with permutations, LU, dense and our layers as swaps, at equal wall-clock",
     ),
+    "ranks": (
+        "speed.ranks",
+        "a deep and a wide flow on two processes: equal ranks, steps a second, and what is sent",
+    ),
     "bridge": ("speed.bridge", "energies and forces a second, beside bgflow's bridge"),
     "drift": ("numerics.drift", "errors of inverse and log-determinant over up to 100,000 merges"),
     "swaps": (
