@@ -31,10 +31,14 @@ COMMANDS = {
     "cost": ("speed.cost", "time and memory of a training evaluation against width (Figure 2)"),
     "merge": ("speed.merge", "time of a merge"),
     "step": ("speed.step", "time of a training step of deep networks, eager and compiled"),
-    "layer": ("speed.layer", "time of a whole training step of one linear layer by its width"),
+    "layer": ("speed.layer", "time and memory of a whole training step of one linear layer by its width"),
     "wide": (
         "speed.wide",
         "wide flows with permutations, LU, dense and our layers as swaps, at equal wall-clock",
+    ),
+    "ranks": (
+        "speed.ranks",
+        "a deep and a wide flow on two processes: equal ranks, steps a second, and what is sent",
     ),
     "bridge": ("speed.bridge", "energies and forces a second, beside bgflow's bridge"),
     "drift": ("numerics.drift", "errors of inverse and log-determinant over up to 100,000 merges"),

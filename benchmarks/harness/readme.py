@@ -34,6 +34,7 @@ TABLES = {
     "merge": "speed.merge",
     "step": "speed.step",
     "wide": "speed.wide",
+    "ranks": "speed.ranks",
     "bridge": "speed.bridge",
     "drift": "numerics.drift",
     "swaps": "mixing.swaps",

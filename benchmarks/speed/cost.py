@@ -10,7 +10,6 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from benchmarks.harness.bgflow_checkout import find_bgflow
@@ -19,6 +18,7 @@ from benchmarks.harness.environment import save
 from benchmarks.harness.output import file_name
 from benchmarks.speed.cost_figure import draw
 from benchmarks.speed.layers import METHODS, Evaluation
+from benchmarks.speed.memory import allocated
 
 __all__ = ["FILES", "PICTURE", "add_arguments", "run", "table"]
 
@@ -73,7 +73,7 @@ def run(args: Namespace) -> dict[str, Any]:
                             "to_p4inv": seconds / times["P4Inv rank 1"],
                             "to_limit": seconds / times["limit"],
                             # The profiler keeps a record of every operation: thousands, for Householder layers.
-                            "peak_mib": _peak_memory(candidates[name], x) / 2**20 if seconds < 0.1 * n / 512 else None,
+                            "peak_mib": _peak_mib(candidates[name], x) if seconds < 0.1 * n / 512 else None,
                         }
                     )
         results = {"device": str(device), "rows": rows, "exponents": _exponents(rows), "left_out": left_out}
@@ -124,21 +124,8 @@ def _time(evaluate: Evaluation, x: torch.Tensor, count: int) -> float:
     return time.perf_counter() - begin
 
 
-def _peak_memory(evaluate: Evaluation, x: torch.Tensor) -> float:
-    """Bytes allocated at most during one evaluation, on top of what was there before."""
-    if x.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        evaluate(x)
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        evaluate(x)
-    held = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+def _peak_mib(evaluate: Evaluation, x: torch.Tensor) -> float:
+    return allocated(lambda: evaluate(x), x.device).peak / 2**20
 
 
 def _exponents(rows: list[dict[str, Any]]) -> dict[str, float]:

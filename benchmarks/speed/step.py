@@ -17,6 +17,7 @@ from benchmarks.harness.device import add_device, now
 from benchmarks.harness.environment import save
 from benchmarks.harness.output import file_name
 from benchmarks.paper.realnvp import real_nvp
+from benchmarks.speed.tenth import EveryTenth
 from p4flows import BentIdentity, MergeScheduler, P4Inv, P4InvStack
 from p4flows.nflows import InvertibleLinear, P4InvLinear, replace_permutations
 
@@ -78,22 +79,6 @@ def _training(model: nn.Module, apply: Callable[[Tensor], tuple[Tensor, Tensor]]
     return step
 
 
-class _Tenth:
-    """bgflow's scheduler merges at every call."""
-
-    def __init__(self, scheduler: type) -> None:
-        self._make, self._count = scheduler, 0
-
-    def __call__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> _Tenth:
-        self._scheduler = self._make(model, optimizer)
-        return self
-
-    def step(self) -> None:
-        self._count += 1
-        if self._count % 10 == 0:
-            self._scheduler.step()
-
-
 def _in_turn(layers: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor]:
     bent, total = BentIdentity(), 0
     for i, layer in enumerate(layers):
@@ -120,7 +105,9 @@ def _stacks(args: Namespace) -> dict[str, Step]:
         from bgflow import InvertiblePPPP, PPPPScheduler
 
         peers = nn.ModuleList(InvertiblePPPP(2, penalty_parameter=0.0) for _ in range(args.depth)).to(place)
-        jobs["bgflow InvertiblePPPP"] = _training(peers, lambda x: _in_turn(peers, x), x, _Tenth(PPPPScheduler))
+        jobs["bgflow InvertiblePPPP"] = _training(
+            peers, lambda x: _in_turn(peers, x), x, lambda model, optimizer: EveryTenth(PPPPScheduler(model, optimizer))
+        )
     return jobs
 
 

@@ -74,7 +74,8 @@ def on_rows(function: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> t
 def expand(logabsdet: Tensor, rows: Tensor) -> Tensor:
     """log|det| () as one number a row (..., n): (...), in the rows' dtype, or float32 if that is narrower."""
     dtype = rows.dtype if rows.dtype.itemsize >= 4 else torch.float32
-    return logabsdet.to(dtype).expand(rows.shape[:-1])
+    # A copy, since compilers lose the gradient of a result that is a view of a buffer.
+    return logabsdet.to(dtype, copy=True).expand(rows.shape[:-1])
 
 
 def _capacitance(Wt: Tensor, V: Tensor, logabsdet_A: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,8 @@ from benchmarks.harness.output import RESULTS, add_output, file_name, settle_out
 
 ROOT = Path(readme.README).parent
 QUICK = (
-    *("linear", "density2d", "alanine_dipeptide", "mnist", "swaps", "splines", "perturbation", "properties", "wide"),
+    *("linear", "density2d", "alanine_dipeptide", "mnist", "swaps", "splines", "perturbation", "properties"),
+    *("wide", "ranks"),
 )
 
 
