@@ -76,10 +76,10 @@ def items(name: str, values: Iterable, expected: str, valid: Callable[[Any], boo
 
 
 def floating(dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype, or torch's default for None; ValueError unless it is a floating-point one."""
+    """The dtype, or torch's default for None; ValueError unless it is a floating-point one that torch computes with."""
     dtype = torch.get_default_dtype() if dtype is None else dtype
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype: expected a floating-point type, got {dtype}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(f"dtype: expected a floating-point type of 16 bits or more, got {dtype}")
     return dtype
 
 

@@ -227,6 +227,84 @@ class HasOneLogDeterminant(Scales):
         return super().inverse(y)[0]
 
 
+class Overflows(Positive):
+    def merge(self, force=False):
+        finite = self.b.isfinite().all()
+        with torch.no_grad():
+            self.a *= (self.b * self.c).exp().where(finite, torch.ones(()))
+        self.reset()
+        return torch.tensor(1).where(finite, 3)
+
+
+class DropsWhatItSkips(Positive):
+    def merge(self, force=False):
+        outcome = super().merge(force)
+        if outcome == MergeOutcome.SKIPPED:
+            self.b.data.zero_()
+        return outcome
+
+
+class TrainsAnotherParameter(Positive):
+    def merge(self, force=False):
+        outcome = super().merge(force)
+        self.b = nn.Parameter(self.b.detach().clone())
+        return outcome
+
+
+class ReplacesItsBuffer(Positive):
+    def merge(self, force=False):
+        outcome = super().merge(force)
+        self.a = self.a.clone()
+        return outcome
+
+
+class DetachesItsInput(Positive):
+    def forward(self, x):
+        return super().forward(x.detach())
+
+
+class DetachesItsLogDeterminant(Scales):
+    def forward(self, x):
+        y, logabsdet = super().forward(x)
+        return y, logabsdet.detach()
+
+
+class DetachesItsInverse(Scales):
+    def inverse(self, y):
+        with torch.no_grad():
+            return super().inverse(y)
+
+
+class LosesThePerturbation(Positive):
+    def state_dict(self, *args, **kwargs):
+        state = super().state_dict(*args, **kwargs)
+        return state | {name: torch.zeros_like(value) for name, value in state.items() if name == "b"}
+
+
+class MergesInTrainingOnly(Positive):
+    def merge(self, force=False):
+        return super().merge(force) if self.training else torch.tensor(0)
+
+
+class PenalisesWithoutASlope(Positive):
+    def penalty(self):
+        return torch.linalg.vector_norm(self.b).sqrt()
+
+
+class AveragesSomethingElse(Positive):
+    trained_matrix = property(lambda self: (self.a * (self.b * self.c).exp()).detach())
+
+    def set_matrix(self, M):
+        with torch.no_grad():
+            self.a.copy_(2 * M)
+            self.b.zero_()
+
+
+class CannotBeCalled(Positive):
+    def merge(self):
+        return super().merge()
+
+
 class DoesNotLearn(Positive):
     def merge(self, force=False):
         self.reset()
@@ -266,12 +344,48 @@ FAULTS = [
     (HasAWrongInverse, "bijection"),
     (HasAWrongLogDeterminant, "bijection"),
     (HasOneLogDeterminant, "bijection"),
+    (Overflows, "extremes"),
+    (DropsWhatItSkips, "extremes"),
+    (TrainsAnotherParameter, "merging"),
+    (ReplacesItsBuffer, "merging"),
+    (DetachesItsInput, "gradients"),
+    (DetachesItsLogDeterminant, "gradients"),
+    (DetachesItsInverse, "gradients"),
+    (LosesThePerturbation, "resuming"),
+    (LosesThePerturbation, "loading"),
+    (MergesInTrainingOnly, "modes"),
+    (PenalisesWithoutASlope, "declarations"),
+    (AveragesSomethingElse, "averages"),
+    (CannotBeCalled, "identity"),
 ]
 
 
 @pytest.mark.parametrize("layer", [Positive, Scales])
 def test_a_layer_without_faults_passes(layer):
     check_perturbation(layer)
+
+
+class Shifts(Positive):
+    """``a + b c``: additive, with vectors and not matrices for directions."""
+
+    additive = True
+
+    def forward(self, x):
+        return x + self.a + self.b * self.c
+
+    def merge(self, force=False):
+        with torch.no_grad():
+            finite = self.b.isfinite().all()
+            self.a += (self.b * self.c).where(finite, torch.zeros(()))
+        self.reset()
+        return torch.tensor(1).where(finite, 3)
+
+    def violation(self):
+        return torch.zeros((), dtype=torch.float64).where(self.a.isfinite().all(), torch.inf)
+
+
+def test_directions_may_be_vectors():
+    check_perturbation(Shifts, skip=["extremes"])
 
 
 def test_a_layer_that_has_nothing_to_train_passes():

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from p4flows.checks import floating, integer
 from p4flows.layers.frozen import Frozen
-from p4flows.layers.inputs import require_floating
+from p4flows.layers.inputs import require_rows
 from p4flows.layers.low_rank import LowRank
 from p4flows.perturbation import P4Layer
 
@@ -55,7 +55,7 @@ class Affine(Frozen, LowRank, P4Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(A + U Vᵀ) x + b``, without forming ``U Vᵀ``."""
-        require_floating(x)
+        require_rows(x, self.A)
         return linear(x, self.A, self.bias) + linear(x @ self.V, self.U)
 
     @property

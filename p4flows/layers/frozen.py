@@ -90,3 +90,5 @@ class Frozen(nn.Module):
         elif self.exact is not self.A and state_dict.get(name) is None and A is not None:
             state_dict[name] = A.to(self.exact_dtype, copy=True)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+        if not self.A.is_meta:
+            self.round_frozen()  # whatever the state says of A beside it

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from p4flows.layers.autocast import autocasting
 
-__all__ = ["require_floating", "require_rows"]
+__all__ = ["require_floating", "require_images", "require_rows"]
 
 
 def require_floating(x: Any) -> None:
@@ -33,12 +33,23 @@ def require_floating(x: Any) -> None:
 
 def require_rows(x: Any, A: Tensor, leading: Sequence[int] = ()) -> None:
     """ValueError unless x is a tensor (*leading, ..., n) of the dtype and device of the layer's matrix A (..., n)."""
-    require_floating(x)
     n, lead = A.shape[-1], len(leading)
-    if x.device != A.device:
-        raise ValueError(f"input: expected device {A.device} as the layer's, got {x.device}")
+    _require_alike(x, A)
     if x.ndim <= lead or x.shape[-1] != n or x.shape[:lead] != torch.Size(leading):
         expected = ", ".join([*map(str, leading), "...", str(n)])
         raise ValueError(f"input: expected shape ({expected}), got {tuple(x.shape)}")
+
+
+def require_images(x: Any, A: Tensor, channels: int) -> None:
+    """ValueError unless x is a tensor (N, channels, H, W) or (channels, H, W) like the layer's matrix A."""
+    _require_alike(x, A)
+    if x.ndim not in (3, 4) or x.shape[-3] != channels:
+        raise ValueError(f"input: expected shape (N, {channels}, H, W), got {tuple(x.shape)}")
+
+
+def _require_alike(x: Any, A: Tensor) -> None:
+    require_floating(x)
+    if x.device != A.device:
+        raise ValueError(f"input: expected device {A.device} as the layer's, got {x.device}")
     if x.dtype != A.dtype and not autocasting(x):
         raise ValueError(f"input: expected dtype {A.dtype} as the layer's, got {x.dtype}")

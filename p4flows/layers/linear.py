@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from p4flows.checks import integer, move
 from p4flows.layers.affine import Affine
-from p4flows.layers.inputs import require_floating
+from p4flows.layers.inputs import require_images
 from p4flows.perturbation import MergeOutcome
 from p4flows.tracking.algebra import fits, largest
 
@@ -163,6 +163,9 @@ class P4Conv2d(P4Linear):
         in_channels, out_channels = integer("in_channels", in_channels, 1), integer("out_channels", out_channels, 1)
         for size in kernel_size if isinstance(kernel_size, tuple | list) else (kernel_size,):
             integer("kernel_size", size, 1)
+        for name, value, low in (("stride", stride, 1), ("dilation", dilation, 1), ("padding", padding, 0)):
+            for size in value if isinstance(value, tuple | list) else () if isinstance(value, str) else (value,):
+                integer(name, size, low)
         try:
             plain = nn.Conv2d(in_channels, out_channels, kernel_size, *geometry, False, padding_mode, device="meta")
         except (RuntimeError, TypeError, ValueError) as error:
@@ -182,7 +185,7 @@ class P4Conv2d(P4Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution with the weight ``A + U Vᵀ``, and b."""
-        require_floating(x)
+        require_images(x, self.A, self.in_channels)
         if any(self._padding):
             x = pad(x, self._padding, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         options: dict[str, Any] = {"stride": self.stride, "dilation": self.dilation, "groups": self.groups}

@@ -90,12 +90,14 @@ class P4Lipschitz(Affine):
         super().__init__(in_features, out_features, rank, bias, seed, dtype)
         self.bound = bound
         with torch.device("cpu"):
-            # Counter -1 is never reached by merges, so that this noise is not that of any V.
-            start = normal(self.seed, torch.full_like(self.seed, -1), (self.in_features,))
-            self.register_buffer("direction", start.to(self.A.dtype))
+            self.register_buffer("direction", self._start())
             self.register_buffer("norm_bound", torch.zeros((), dtype=torch.float64))
             self.correct()
         move(self, device)
+
+    def _start(self) -> Tensor:
+        # Counter -1 is never reached by merges, so that this noise is not that of any V.
+        return normal(self.seed, torch.full_like(self.seed, -1), (self.in_features,)).to(self.A.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bound={self.bound:g}, rank={self.rank}"
@@ -119,6 +121,8 @@ class P4Lipschitz(Affine):
         new = torch.addmm(self.exact, U, V.mT)
         if not bool(new.to(self.A.dtype).isfinite().all()):
             return MergeOutcome.SKIPPED
+        if torch.equal(new, self.exact):  # so that what is known of the norm does not grow by rounding
+            return MergeOutcome.MERGED
         gram_U, gram_V = (M.mT.double() @ M.double() for M in (U, V))
         size = float((gram_U * gram_V).sum().clamp(min=0).sqrt()) * (1 + 1e-9)  # the Frobenius norm of U Vᵀ
         magnitude = float(torch.linalg.matrix_norm(self.exact.double())) + size
@@ -197,6 +201,17 @@ class P4Lipschitz(Affine):
         M = self.checked(M)
         if _norm(M) > self.bound * (1 + 1e-6):
             raise ValueError(f"M: expected a spectral norm of at most {self.bound:g}, got {_norm(M):g}")
+        self._set(M)
+
+    @torch.no_grad()
+    def set_average(self, M: Tensor) -> None:
+        """Make the matrix of the set that is nearest to M (m, n) the effective one: for averages over training.
+
+        Raises ValueError, and changes nothing, if M has another shape or is not finite.
+        """
+        self._set(self.checked(M))
+
+    def _set(self, M: Tensor) -> None:
         self._store(M.to(self.exact), float(torch.linalg.matrix_norm(M.double())))
         self.U.zero_()
 
@@ -212,8 +227,12 @@ class P4Lipschitz(Affine):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+        if self.A.is_meta:
+            return
+        if not self.direction.isfinite().all():
+            self.direction.copy_(self._start())
         # Rounding to another dtype may lead out of the set, and a state may say anything of its norm.
-        if not self.A.is_meta and not _norm(self.A) * (1 - 1e-12) <= self.norm_bound <= self.bound:
+        if not _norm(self.A) * (1 - 1e-12) <= self.norm_bound <= self.bound:
             self.correct()
 
     def refusal(self, M: Tensor) -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from p4flows.perturbation import P4Layer
 from p4flows.testing.case import Case, Outputs, require
 
-__all__ = ["bijection"]
+__all__ = ["bijection", "inverse_of"]
 
 _ROWS = 2  # of which the Jacobian is formed
 
@@ -24,7 +24,7 @@ def bijection(case: Case) -> None:
     The inverse is a method ``inverse``, as in nflows, or an argument ``inverse`` of ``forward``, as in bgflow. Each
     direction returns what it makes of its inputs, as many tensors, and perhaps their log|det|.
     """
-    if not _has_inverse(case.new()):
+    if inverse_of(case.new()) is None:
         return
     changed, perturbed = case.changed(case.new()), case.changed(case.new())
     case.perturb(perturbed, case.generator(12))
@@ -33,7 +33,7 @@ def bijection(case: Case) -> None:
         parameter = layer.perturbation[0]
         x = [part.to(parameter.device, parameter.dtype) for part in case.example]
         y, logs = _split(case.call(layer), len(x))
-        back, inverse_logs = _split(case.call_with(_inverse(layer), [part.detach() for part in y]), len(x))
+        back, inverse_logs = _split(case.call_with(inverse_of(layer) or layer, [part.detach() for part in y]), len(x))
         case.assert_close(_plain(x), _plain(back), f"{when}: inverse does not undo forward")
         require(len(logs) == len(inverse_logs), f"{when}: expected log|det| of both directions, or of none")
         if logs:
@@ -45,16 +45,12 @@ def bijection(case: Case) -> None:
             case.assert_close([expected], [found], f"{when}: log|det| is not that of the Jacobian")
 
 
-def _has_inverse(layer: P4Layer) -> bool:
-    return _as_in_bgflow(layer) or callable(getattr(layer, "inverse", None))
-
-
-def _inverse(layer: Any) -> Callable[..., Any]:
-    return partial(layer, inverse=True) if _as_in_bgflow(layer) else layer.inverse
-
-
-def _as_in_bgflow(layer: P4Layer) -> bool:
-    return "inverse" in inspect.signature(layer.forward).parameters
+def inverse_of(layer: Any) -> Callable[..., Any] | None:
+    """The inverse direction of a layer, or None."""
+    if "inverse" in inspect.signature(layer.forward).parameters:
+        return partial(layer, inverse=True)
+    found = getattr(layer, "inverse", None)
+    return found if callable(found) else None
 
 
 def _split(outputs: Outputs, count: int) -> tuple[Outputs, Outputs]:

@@ -74,9 +74,13 @@ class Case:
         return self.call_with(function or layer, [x.to(parameter.device, parameter.dtype) for x in self.example])
 
     def call_with(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> Outputs:
-        """All tensors that the function returns."""
+        """All tensors that the function returns, alone or in a tuple or a dict."""
         results = function(*inputs)
-        return [results] if isinstance(results, Tensor) else list(results)
+        if isinstance(results, Tensor):
+            return [results]
+        return [
+            each for each in (results.values() if isinstance(results, dict) else results) if isinstance(each, Tensor)
+        ]
 
     def trained(self, layer: P4Layer) -> list[nn.Parameter]:
         """What is trained of the perturbation: nothing, if the layer has frozen it since its S has no neighbours."""

@@ -16,7 +16,7 @@ __all__ = [
     "conversions",
     "declarations",
     "devices",
-    "gradients",
+    "extremes",
     "groups",
     "half_precision",
     "identity",
@@ -44,6 +44,9 @@ def declarations(case: Case) -> None:
     penalty = layer.penalty()
     require(penalty.shape == (), f"penalty: expected a scalar, got shape {tuple(penalty.shape)}")
     require(penalty.isfinite(), f"penalty: expected a finite one, got {penalty!r}")
+    if penalty.requires_grad:
+        found = torch.autograd.grad(penalty, case.trained(layer), allow_unused=True)
+        require(all(g is None or g.isfinite().all() for g in found), "penalty: expected a finite gradient at B0")
     for name, outcome in (("merge", layer.merge()), ("correct", layer.correct())):
         kind = outcome.dtype if isinstance(outcome, Tensor) else repr(outcome)
         require(kind == torch.int64, f"{name}: expected outcomes as an int64 tensor, got {kind}")
@@ -69,7 +72,10 @@ def merging(case: Case) -> None:
     other = copy.deepcopy(layer)
     other.reset()
     case.assert_close(frozen, case.outputs(other), "reset does not go back to the function of the frozen parameters")
+    own = [id(tensor) for tensor in (*layer.parameters(), *layer.buffers())]
     outcome = case.merge(layer)
+    same = own == [id(tensor) for tensor in (*layer.parameters(), *layer.buffers())]
+    require(same, "merge: expected parameters and buffers to be changed in place, got other tensors")
     skipped = bool(MergeOutcome.is_skip(outcome).all())
     require(not skipped, f"merge: expected a perturbation of size {case.scale:g} to be merged, got {outcome!r}")
     after = case.outputs(layer)
@@ -110,19 +116,19 @@ def not_finite(case: Case) -> None:
             )
 
 
-def gradients(case: Case) -> None:
-    """At B₀ the gradient of a loss reaches the perturbation, and is finite."""
-    layer = case.changed(case.new())
-    trained = case.trained(layer)
-    if not trained:
-        return
-    outputs = [out for out in case.call(layer) if out.requires_grad]
-    require(outputs, "forward: expected an output that requires gradients")
-    noise = [torch.randn(out.shape, dtype=torch.float64, generator=case.generator(4)).to(out) for out in outputs]
-    possible = torch.autograd.grad(outputs, trained, noise, allow_unused=True)
-    found = [gradient for gradient in possible if gradient is not None]
-    require(all(gradient.isfinite().all() for gradient in found), "gradient: expected a finite one")
-    require(any(gradient.abs().max() > 0 for gradient in found), "gradient: expected one that is not zero at B0")
+def extremes(case: Case) -> None:
+    """Perturbations of any size leave all buffers finite, and the property; a skipped merge leaves all as it was."""
+    largest = torch.finfo(case.dtype).max
+    for size in (1.0, 1e3, largest**0.5, largest / 8):
+        layer = case.changed(case.new())
+        for seed in range(2):
+            case.perturb(layer, case.generator(seed), size)
+            before = copy.deepcopy(layer)
+            outcome = case.merge(layer, force=bool(seed))
+            case.assert_holds(layer, f"after a merge of {size:g}")
+            if MergeOutcome.is_skip(outcome).all():
+                case.assert_equal_states(before, layer, f"a skipped merge of {size:g}")
+            layer.reset()
 
 
 def training(case: Case) -> None:
@@ -158,11 +164,16 @@ def modes(case: Case) -> None:
     outputs = [case.outputs(layer.train(mode)) for mode in (False, True)]
     case.assert_close(outputs[0], outputs[1], "train and eval differ", 0)
     case.assert_equal_states(before, layer, "train, eval or forward")
+    other = copy.deepcopy(layer).eval()
+    for each in (layer.train(), other):
+        case.merge(each)
+    case.assert_equal_states(layer, other, "merges in train and in eval")
 
 
 def conversions(case: Case) -> None:
     """Conversions to float64, float32 and back keep the function and the property, and the layer merges after them."""
-    layer, tolerance = case.changed(case.new()), torch.finfo(torch.float32).eps ** 0.5
+    layer = case.changed(case.new())
+    tolerance = max(torch.finfo(dtype).eps for dtype in (torch.float32, case.dtype)) ** 0.5
     for dtype in (torch.float64, torch.float32, case.dtype):
         before = case.outputs(layer)
         layer.to(dtype)

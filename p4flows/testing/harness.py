@@ -12,16 +12,18 @@ from p4flows.perturbation import P4Layer
 from p4flows.testing import checks, states
 from p4flows.testing.bijection import bijection
 from p4flows.testing.case import Case
+from p4flows.testing.derivatives import gradients
 from p4flows.testing.sequences import sequences
 
 __all__ = ["CHECKS", "check_perturbation"]
 
 CHECKS: dict[str, Callable[[Case], None]] = {
-    **{name: getattr(checks, name) for name in ("declarations", "identity", "gradients", "merging", "not_finite")},
+    **{name: getattr(checks, name) for name in ("declarations", "identity", "merging", "not_finite", "extremes")},
     "bijection": bijection,
+    "gradients": gradients,
     "sequences": sequences,
     "training": checks.training,
-    **{name: getattr(states, name) for name in ("resuming", "loading", "noticing", "copies", "draws")},
+    **{name: getattr(states, name) for name in ("resuming", "loading", "noticing", "averages", "copies", "draws")},
     **{name: getattr(checks, name) for name in ("groups", "modes")},
     **{name: getattr(checks, name) for name in ("conversions", "half_precision", "devices", "compiling")},
 }
@@ -79,6 +81,8 @@ def check_perturbation(
                     CHECKS[name](case)
                 except AssertionError as error:
                     raise AssertionError(f"{name}: {error}") from error
+                except Exception as error:  # what the layer itself raises is a fault of it as well
+                    raise AssertionError(f"{name}: the layer raises {type(error).__name__}: {error}") from error
 
 
 def _known(name: object) -> bool:

@@ -5,25 +5,27 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import torch
 
 from p4flows.perturbation import P4Layer
 from p4flows.testing.case import Case, require
+from p4flows.training.averaging import AveragedModel
 
-__all__ = ["copies", "draws", "loading", "noticing", "resuming"]
+__all__ = ["averages", "copies", "draws", "loading", "noticing", "resuming"]
 
 _ROUNDS = 20
 
 
 def resuming(case: Case) -> None:
     """A training that goes on from state dicts in a file ends, bit for bit, as one that was not interrupted."""
-    whole, resumed = case.new(), case.new(seed=1)
-    _, state = case.train(whole, 13)
+    whole, interrupted, resumed = case.new(), case.new(), case.new(seed=1)
+    case.train(whole, 26)
+    _, state = case.train(interrupted, 13)
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
-    case.train(whole, 13, state)
     case.train(resumed, 13, torch.load(file, weights_only=True))
     case.assert_equal_states(whole, resumed, "a resumed training")
 
@@ -34,8 +36,11 @@ def loading(case: Case) -> None:
     What only an attribute holds, such as a counter, is not in the state.
     """
     layer, other = case.changed(case.new(), 5), case.new(seed=1)
+    case.perturb(layer, case.generator(5))
+    case.outputs(other)  # of which nothing may be kept
     other.load_state_dict(copy.deepcopy(layer.state_dict()))
     case.assert_equal_states(layer, other, "a loaded layer")
+    case.assert_close(case.outputs(layer), case.outputs(other), "a loaded layer computes otherwise", 0)
     for seed in range(_ROUNDS):
         outcomes = []
         for each in (layer, other):
@@ -74,6 +79,23 @@ def _holds(case: Case, layer: P4Layer) -> bool:
         return 0 <= float(layer.violation()) <= case.tolerance
     except (ValueError, RuntimeError):  # such as that of a decomposition which does not converge
         return False
+
+
+def averages(case: Case) -> None:
+    """Where the layer has ``trained_matrix`` and ``set_matrix``, the average of a model with itself is the same model.
+
+    Between merges, where the perturbation may be out of the set, the average has to be in it.
+    """
+    layer = case.changed(case.new())
+    if not (hasattr(layer, "trained_matrix") and hasattr(layer, "set_matrix")):
+        return
+    averaged: Any = AveragedModel(layer)
+    for _ in range(2):
+        averaged.update_parameters(layer)
+    case.assert_close(case.outputs(layer), case.outputs(averaged.module), "an average of equal layers")
+    case.perturb(layer, case.generator(6), 1.0)
+    averaged.update_parameters(layer)
+    case.assert_holds(averaged.module, "an average")
 
 
 def copies(case: Case) -> None:

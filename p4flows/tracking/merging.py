@@ -23,6 +23,9 @@ __all__ = ["PARTS", "Sanity", "merge_", "regular", "room", "sanity", "update_"]
 # Parts of an update that are tried where the whole is not sane, by layers that can keep the rest for later.
 PARTS = (0.5, 0.25, 0.125)
 
+_EPS = torch.finfo(torch.float64).eps
+_SMALL = 1e6  # of the product of sizes of an update, far from 1 / _EPS
+
 
 @torch.no_grad()
 def merge_(state: Matrices, *, force: bool, bounds_update: Bounds, bounds_det: Bounds) -> Tensor:
@@ -37,8 +40,13 @@ def merge_(state: Matrices, *, force: bool, bounds_update: Bounds, bounds_det: B
     W, C, Z = algebra.merge_products(state.A_inv, U_new, V_new)
     C_inv = algebra.invert_capacitance(C)
     K = C_inv @ Z
-    fits = room(state, C, size_U * size_V, algebra.largest(W) * algebra.largest(K), force)
+    size, size_inv = size_U * size_V, algebra.largest(W) * algebra.largest(K)
+    fits = room(state, C, size, size_inv, force)
     found = sanity(state, algebra.sign_and_logabsdet(C), C, C_inv, fits, bounds_update, bounds_det)
+    if not force:
+        k = C.shape[-1]
+        ruinous = (found.reason == 0) & ~_invertible(state, k * size, k * size_inv)
+        found.reason = found.reason.masked_fill(ruinous, int(MergeOutcome.SKIPPED_RANGE))
     accepted = finite & (found.storable if force else found.reason == 0)
 
     if not accepted.is_cpu or accepted.any():  # elsewhere, asking would mean waiting
@@ -67,15 +75,28 @@ def room(state: Matrices, C: Tensor, size: Tensor, size_inv: Tensor, force: bool
     k, limit = C.shape[-1], torch.finfo(state.dtype).max / 4
     fits = algebra.fits(state.A, k * size, limit) & algebra.fits(state.A_inv, k * size_inv, limit)
     if force:
-        sizes = algebra.largest(state.A) + k * size, algebra.largest(state.A_inv) + k * size_inv
-        fits &= regular(*sizes, state.dtype)
+        fits &= regular(*_sizes(state, k * size, k * size_inv), state.dtype)
     return fits
+
+
+def _sizes(state: Matrices, update: Tensor, update_inv: Tensor) -> tuple[Tensor, Tensor]:
+    """What the entries of A and A⁻¹ may be at most after an update with entries of at most these sizes (L,)."""
+    return algebra.largest(state.A) + update, algebra.largest(state.A_inv) + update_inv
+
+
+def _invertible(state: Matrices, update: Tensor, update_inv: Tensor) -> Tensor:
+    """Whether A is not singular to float64 after an update with entries of at most these sizes (L,)."""
+    small = update * update_inv < _SMALL
+    if small.is_cpu and small.all():
+        return small  # without a look at the matrices
+    size, size_inv = _sizes(state, update, update_inv)
+    return size * size_inv < 1 / _EPS
 
 
 def regular(size: Tensor, size_inv: Tensor, dtype: torch.dtype) -> Tensor:
     """Whether matrices of this size, with inverses of that size (L,), are not singular to float64, or once rounded."""
     rounding = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    return size * size_inv < min(algebra.SINGULAR / torch.finfo(torch.float64).eps, 0.5 / rounding)
+    return size * size_inv < min(algebra.SINGULAR / _EPS, 0.5 / rounding)
 
 
 def sanity(

@@ -63,10 +63,11 @@ def clipped(M: Tensor, bound: float) -> Tensor:
     """
     if M.shape[0] < M.shape[1]:
         return clipped(M.mT, bound).mT
-    M = M.double()
+    M, exponent = _scaled(M.double())
+    bound *= 2.0**-exponent
     values, vectors = torch.linalg.eigh(M.mT @ M)
-    shrinkage = (1 - bound / values.clamp(min=bound**2).sqrt()).clamp(min=0)
-    return M - (M @ vectors * shrinkage) @ vectors.mT
+    shrinkage = (1 - bound / values.clamp(min=0).sqrt().clamp(min=bound)).clamp(min=0)
+    return (M - (M @ vectors * shrinkage) @ vectors.mT) * 2.0**exponent
 
 
 def _scaled(M: Tensor) -> tuple[Tensor, int]:

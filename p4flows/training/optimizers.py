@@ -154,7 +154,11 @@ def _searches(group: dict[str, Any]) -> bool:
 def full_rank(layer: P4Layer) -> bool:
     """Whether a move from the old directions to the new ones loses nothing."""
     directions = layer.redrawn if layer.additive else ()
-    return bool(directions) and all(p.shape[-1] == p.shape[-2] > 1 and not p.requires_grad for p in directions)
+    return bool(directions) and all(_square(p) and not p.requires_grad for p in directions)
+
+
+def _square(p: torch.Tensor) -> bool:
+    return p.ndim > 1 and p.shape[-1] == p.shape[-2] > 1
 
 
 def _names(optimizer: Any) -> set[str]:

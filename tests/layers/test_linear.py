@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from p4flows import AveragedModel, MergeOutcome, MergeScheduler, P4Conv2d, P4Linear
+from p4flows import AveragedModel, MergeOutcome, MergeScheduler, P4Conv2d, P4Linear, P4Lipschitz
 
 sizes = pytest.mark.parametrize(("n", "m", "rank"), [(7, 3, 1), (3, 7, 2), (5, 5, 5), (1, 4, 1)])
 
@@ -177,3 +177,44 @@ def test_averages_of_linear_layers_in_half_precision_average_what_the_matrix_is_
         matrices.append(layer.A_float.clone())
     torch.testing.assert_close(averaged.module.A_float, torch.stack(matrices).mean(0))
     assert torch.equal(averaged.module.A, averaged.module.A_float.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.zeros(5, 4), r"input: expected shape \(..., 3\), got \(5, 4\)"),
+        (
+            torch.zeros(5, 3, dtype=torch.float64),
+            r"input: expected dtype torch.float32 as the layer's, got torch.float",
+        ),
+        (torch.zeros(5, 3).long(), r"input: expected a floating-point tensor, got one of torch.int64"),
+    ],
+)
+@pytest.mark.parametrize("layer", [P4Linear(3, 2), P4Lipschitz(3, 2)])
+def test_wrong_input(layer, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        layer(wrong)
+
+
+def test_wrong_images():
+    layer = P4Conv2d(2, 4, 3)
+    with pytest.raises(ValueError, match=r"input: expected shape \(N, 2, H, W\), got \(5, 3, 8, 8\)"):
+        layer(torch.zeros(5, 3, 8, 8))
+    assert layer(torch.zeros(2, 8, 8)).shape == (4, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"in_channels": 0}, "in_channels: expected an integer >= 1, got 0"),
+        ({"kernel_size": (3, 0)}, "kernel_size: expected an integer >= 1, got 0"),
+        ({"stride": 0}, "stride: expected an integer >= 1, got 0"),
+        ({"stride": True}, "stride: expected an integer >= 1, got True"),
+        ({"padding": -1}, "padding: expected an integer >= 0, got -1"),
+        ({"padding": "all"}, "padding, dilation, groups, padding_mode: expected what nn.Conv2d takes"),
+        ({"groups": 3}, "groups, padding_mode: expected what nn.Conv2d takes"),
+    ],
+)
+def test_wrong_convolutions(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        P4Conv2d(**{"in_channels": 2, "out_channels": 4, "kernel_size": 3} | arguments)

@@ -169,6 +169,37 @@ def test_set_matrix_refuses_what_is_not_in_the_set():
     assert torch.equal(layer.A, before)
 
 
+def test_averages_between_merges_are_in_the_set():
+    model = nn.Sequential(P4Lipschitz(8, 8, 0.9))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    MergeScheduler(model, optimizer).attach()
+    averaged = AveragedModel(model)
+    for _ in range(25):
+        optimizer.zero_grad()
+        (-model(torch.randn(16, 8)).square().mean()).backward()
+        optimizer.step()
+        averaged.update_parameters(model)
+        assert norm(averaged.module[0].A) <= averaged.module[0].norm_bound <= 0.9
+    assert norm(model[0].matrix) > 0.9
+
+
+def test_what_is_not_finite_does_not_stay_where_power_iteration_starts():
+    state = P4Lipschitz(6, 4, 0.5).state_dict()
+    state["direction"][0] = torch.nan
+    layer = P4Lipschitz(6, 4, 0.5)
+    layer.load_state_dict(state)
+    assert layer.direction.isfinite().all()
+    assert layer.penalty().isfinite()
+
+
+def test_merges_of_nothing_leave_what_is_known_of_the_norm():
+    layer = P4Lipschitz(6, 4, 0.5)
+    before = layer.norm_bound.clone()
+    for _ in range(100):
+        layer.merge()
+    assert layer.norm_bound == before
+
+
 def test_averages_stay_in_the_set():
     model = nn.Sequential(P4Lipschitz(6, 6, 0.5))
     averaged = AveragedModel(model)
@@ -190,3 +221,5 @@ def test_a_bound_of_any_size_is_kept(dtype):
         layer = P4Lipschitz(4, 5, bound, dtype=dtype)
         perturb(layer, min(bound, 1.0)).merge()
         assert 0 < norm(layer.A) <= layer.norm_bound <= bound
+        perturb(layer, torch.finfo(dtype).max ** 0.4).merge()
+        assert norm(layer.A) <= layer.norm_bound <= bound

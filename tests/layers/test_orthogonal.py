@@ -250,3 +250,11 @@ def test_a_state_of_little_precision_becomes_orthogonal():
     layer.load_state_dict(state)
     assert defect(layer.exact) < 1e-12
     assert layer.sign == torch.linalg.det(layer.exact).sign()
+
+
+def test_a_state_that_says_two_things_of_A_is_read_from_the_exact_one():
+    state = P4Orthogonal(N, init="orthogonal").state_dict()
+    state["A"] *= 2
+    layer = P4Orthogonal(N)
+    layer.load_state_dict(state)
+    assert layer.violation() < 1e-6
