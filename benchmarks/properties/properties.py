@@ -29,7 +29,7 @@ _FULL = {
     "ica": {"n": 32, "batch": 256, "steps": 400, "rates": [1e-2, 3e-2, 1e-1, 3e-1]},
     "drift": {"widths": [128, 512], "rank": 4, "merges": 10_000, "points": 40},
     "lipschitz": {"data": "pinwheel", "blocks": 6, "hidden": 64, "batch": 256, "steps": 600, "points": 20},
-    "lipschitz_rates": [3e-3, 1e-2, 3e-2, 1e-1],
+    "lipschitz_rates": [3e-3, 1e-2, 3e-2, 1e-1, 3e-1],
     "ranks": {"lr": 2e-2, "replica": 0, "epochs": 5},
     "timing": {"widths": [64, 128, 256, 512, 1024, 2048], "turns": 5, "slow": 3.0},
 }
