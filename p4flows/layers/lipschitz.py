@@ -37,7 +37,8 @@ class P4Lipschitz(Affine):
     Power iteration alone gives a lower bound.
 
     Between merges the perturbation may take the norm above ``bound``, by at most ``‖U Vᵀ‖``; see
-    :meth:`effective_bound`. Before serving, or with N = 1 after every step, there is none: call :meth:`merge`.
+    :meth:`effective_bound`. Therefore a :class:`p4flows.MergeScheduler` merges it after every step unless it is told
+    otherwise. Before serving call :meth:`merge`.
 
     Args:
         in_features: n, the size of the last dimension of the input.
@@ -68,6 +69,8 @@ class P4Lipschitz(Affine):
     >>> bool(torch.linalg.matrix_norm(layer.A, 2) <= layer.norm_bound), bool(layer.norm_bound <= 0.9)
     (True, True)
     """
+
+    merge_every = 1  # a perturbation of many steps goes far beyond the bound, and learns less
 
     norm_bound: Tensor
     direction: Tensor

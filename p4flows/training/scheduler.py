@@ -64,7 +64,7 @@ class MergeScheduler(Rounds):
             the layers later, the scheduler goes on with that one; where several train different layers, the steps of
             each are counted for its own.
         every: N, the number of optimizer steps between merges. None for what each kind of layer asks for
-            (``merge_every``): 1 for InvertibleLinear, 10 for the others.
+            (``merge_every``): 1 for InvertibleLinear and P4Lipschitz, 10 for the others.
         force_every: every so many merges the bounds are ignored, so that the determinant can cross zero
             (Appendix B). None for never.
         correct_every: every so many merges all inverses are corrected, as the paper does (50), see

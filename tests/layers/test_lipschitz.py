@@ -172,7 +172,7 @@ def test_set_matrix_refuses_what_is_not_in_the_set():
 def test_averages_between_merges_are_in_the_set():
     model = nn.Sequential(P4Lipschitz(8, 8, 0.9))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    MergeScheduler(model, optimizer).attach()
+    MergeScheduler(model, optimizer, every=10).attach()
     averaged = AveragedModel(model)
     for _ in range(25):
         optimizer.zero_grad()
