@@ -271,7 +271,7 @@ def test_a_table_has_one_place_and_stays_as_it_is_without_a_result(monkeypatch, 
 
 JUDGED = (
     *("linear", "density2d", "alanine_dipeptide", "mnist", "layer", "drift", "swaps", "splines"),
-    *("perturbation", "properties"),
+    *("perturbation", "properties", "wide"),
 )
 
 
@@ -284,7 +284,7 @@ def test_every_claim_has_its_rule_beside_it(name):
         assert isinstance(row["holds"], bool), row
 
 
-@pytest.mark.parametrize("name", ["linear", "mnist", "drift", "swaps", "cost"])
+@pytest.mark.parametrize("name", ["linear", "mnist", "drift", "swaps", "cost", "wide"])
 def test_pictures_are_drawn_again_from_the_results(name, tmp_path, monkeypatch):
     parser_of(name)
     monkeypatch.setattr(
