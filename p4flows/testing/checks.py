@@ -117,7 +117,7 @@ def not_finite(case: Case) -> None:
 
 
 def extremes(case: Case) -> None:
-    """Perturbations of any size leave all buffers finite, and the property; a skipped merge leaves all as it was."""
+    """Perturbations of any size leave all buffers finite, and the property but for rounding; a skip changes nothing."""
     largest = torch.finfo(case.dtype).max
     for size in (1.0, 1e3, largest**0.5, largest / 8):
         layer = case.changed(case.new())
@@ -125,7 +125,8 @@ def extremes(case: Case) -> None:
             case.perturb(layer, case.generator(seed), size)
             before = copy.deepcopy(layer)
             outcome = case.merge(layer, force=bool(seed))
-            case.assert_holds(layer, f"after a merge of {size:g}")
+            entries = max((float(a.abs().max()) for a in layer.buffers() if a.is_floating_point()), default=0.0)
+            case.assert_holds(layer, f"after a merge of {size:g}", case.tolerance * (1 + entries))
             if MergeOutcome.is_skip(outcome).all():
                 case.assert_equal_states(before, layer, f"a skipped merge of {size:g}")
             layer.reset()
