@@ -15,7 +15,8 @@ from p4flows.layers.low_rank import LowRank
 from p4flows.layers.orthogonal import P4Orthogonal
 from p4flows.layers.perturbed import PAPER_BOUNDS
 from p4flows.layers.stack import P4InvStack
-from p4flows.perturbation import Correction, MergeOutcome, P4Layer
+from p4flows.outcomes import Correction, MergeOutcome
+from p4flows.perturbation import P4Layer
 from p4flows.training import unmerged as _  # noqa: F401 (it warns where a training forgets to merge)
 from p4flows.training.averaging import AveragedModel
 from p4flows.training.report import Report, report

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["Bounds", "bounds", "choice", "flag", "floating", "integer", "items", "move", "number"]
+__all__ = ["Bounds", "bounds", "choice", "describe", "flag", "floating", "integer", "items", "move", "number"]
 
 Bounds = tuple[float | None, float | None]
 _INT64 = 2**63
@@ -81,6 +82,11 @@ def floating(dtype: torch.dtype | None) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
         raise ValueError(f"dtype: expected a floating-point type of 16 bits or more, got {dtype}")
     return dtype
+
+
+def describe(x: object) -> str:
+    """What a message says of an argument: dtype and shape of a tensor or an array, of anything else the type."""
+    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor | np.ndarray) else type(x).__name__
 
 
 def move(module: nn.Module, device: torch.device | str | int | None) -> None:

@@ -12,7 +12,8 @@ from p4flows.checks import Bounds, bounds, flag, floating, integer, move
 from p4flows.layers.dense_gradients import forward_map, inverse_map, straight_through
 from p4flows.layers.export import FromLinear, as_linear
 from p4flows.layers.tracked import Tracked
-from p4flows.perturbation import MergeOutcome, P4Layer
+from p4flows.outcomes import MergeOutcome
+from p4flows.perturbation import P4Layer
 from p4flows.tracking.following import follow_
 from p4flows.tracking.initial import initial_matrix
 from p4flows.tracking.jumping import jump_
@@ -252,10 +253,6 @@ class InvertibleLinear(FromLinear, Tracked, P4Layer):
         if self.rank == self.features:
             state_dict.pop(f"{prefix}directions", None)  # of a state of lower rank
         super()._load_from_state_dict(state_dict, prefix, *arguments)
-
-    def penalty(self) -> Tensor:
-        """Zero, in float64: what cannot be followed at once is followed in parts."""
-        return torch.zeros((), dtype=torch.float64, device=self.weight.device)
 
 
 def _default_rank(n: int) -> int:

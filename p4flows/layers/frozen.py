@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from p4flows.outcomes import Correction
 from p4flows.tracking.matrix import moved
 
 __all__ = ["Frozen"]
@@ -55,6 +56,13 @@ class Frozen(nn.Module):
         """Round A anew, after a change of :attr:`exact`."""
         if self.exact is not self.A:
             self.A.copy_(self.exact)
+
+    @classmethod
+    def correct_all(cls, layers: Sequence[Any], where_needed: bool = False) -> Tensor:
+        """Correct all layers, or none with ``where_needed``, since merges leave nothing to correct; (len(layers),)."""
+        if where_needed:
+            return torch.stack([torch.full_like(layer.merges, int(Correction.NONE)) for layer in layers])
+        return torch.stack([layer.correct() for layer in layers])
 
     def refusal(self, M: Tensor) -> str | None:
         """Why a state with the matrix M (m, n) is not loaded: what was expected and what it is; None if it is."""

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from p4flows.checks import integer, move
 from p4flows.layers.affine import Affine
 from p4flows.layers.inputs import require_images
-from p4flows.perturbation import MergeOutcome
+from p4flows.outcomes import MergeOutcome
 from p4flows.tracking.algebra import fits, largest
 
 __all__ = ["P4Conv2d", "P4Linear"]

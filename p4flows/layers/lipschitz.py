@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from p4flows.checks import floating, integer, move, number
 from p4flows.layers.affine import Affine
 from p4flows.layers.low_rank import default_rank
-from p4flows.perturbation import Correction, MergeOutcome
+from p4flows.outcomes import Correction, MergeOutcome
 from p4flows.tracking.algebra import largest
 from p4flows.tracking.matrix import moved
 from p4flows.tracking.noise import normal
@@ -186,13 +186,6 @@ class P4Lipschitz(Affine):
         A = self.exact.clone()
         same = self._store(A, float(torch.linalg.matrix_norm(A.double()))) == MergeOutcome.MERGED
         return torch.full_like(self.merges, int(Correction.NONE if same else Correction.INVERTED))
-
-    @classmethod
-    def correct_all(cls, layers: Sequence[Any], where_needed: bool = False) -> Tensor:
-        """Correct all layers, or none with ``where_needed``, since merges leave nothing to correct; (len(layers),)."""
-        if where_needed:
-            return torch.stack([torch.full_like(layer.merges, int(Correction.NONE)) for layer in layers])
-        return torch.stack([layer.correct() for layer in layers])
 
     @torch.no_grad()
     def set_matrix(self, M: Tensor) -> None:

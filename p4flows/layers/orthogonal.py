@@ -15,7 +15,8 @@ from p4flows.layers.export import as_linear
 from p4flows.layers.frozen import Frozen
 from p4flows.layers.inputs import require_rows
 from p4flows.layers.low_rank import LowRank
-from p4flows.perturbation import Correction, MergeOutcome, P4Layer
+from p4flows.outcomes import Correction, MergeOutcome
+from p4flows.perturbation import P4Layer
 from p4flows.tracking import rotation
 from p4flows.tracking.initial import initial_matrix
 from p4flows.tracking.noise import redraw_
@@ -238,13 +239,6 @@ class P4Orthogonal(Frozen, LowRank, P4Layer):
         if not self.A.is_meta:
             self.correct()  # an A of little precision
             self.sign_A.copy_(torch.linalg.slogdet(self.exact.double()).sign)
-
-    @classmethod
-    def correct_all(cls, layers: Sequence[Any], where_needed: bool = False) -> Tensor:
-        """Correct all layers, or none with ``where_needed``, since merges leave nothing to correct; (len(layers),)."""
-        if where_needed:
-            return torch.stack([torch.full_like(layer.merges, int(Correction.NONE)) for layer in layers])
-        return torch.stack([layer.correct() for layer in layers])
 
 
 def _orthogonal(name: str, M: Tensor) -> Tensor:

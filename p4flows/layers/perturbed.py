@@ -12,7 +12,8 @@ from torch import Tensor
 from p4flows.checks import Bounds, bounds, integer, number
 from p4flows.layers.low_rank import LowRank, default_rank
 from p4flows.layers.tracked import Tracked
-from p4flows.perturbation import MergeOutcome, P4Layer
+from p4flows.outcomes import MergeOutcome
+from p4flows.perturbation import P4Layer
 from p4flows.tracking import algebra
 from p4flows.tracking.initial import InitialMatrix
 from p4flows.tracking.matrix import TrackedMatrix

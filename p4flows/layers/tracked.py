@@ -82,7 +82,7 @@ class Tracked(nn.Module):
     def correct(self, order: int | None = None) -> Tensor:
         """Correct A_inv by hyperpower iteration, and recompute log|det A| and its sign by LU, all in float64.
 
-        ``order`` is 2, 3 or 7 for one step of that order, see :func:`p4flows.tracking.algebra.hyperpower`; by default
+        ``order`` is 2, 3 or 7 for one step of that order, see :mod:`p4flows.tracking.hyperpower`; by default
         as many steps are taken as get A_inv down to rounding with the fewest products. Where the iteration cannot
         converge (Frobenius norm of ``I - A A_inv`` of 1 or more) A is inverted instead, which is logged. Whatever is
         not finite is not stored. O(n³); waits for the device. Returns the :class:`p4flows.Correction`, an int64 tensor

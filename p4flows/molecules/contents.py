@@ -67,10 +67,11 @@ def clear_cache(
         OSError: for files that cannot be removed.
     """
     found = {simulation.key: simulation for simulation in cached_simulations(cache)}
-    if not isinstance(keys, list | tuple | set | frozenset | None):
-        raise ValueError(f"keys: expected a list of keys, got {keys!r}")
-    chosen = list(found) if keys is None else list(keys)
-    unknown = [key for key in chosen if key not in found]
+    try:
+        chosen = list(found) if keys is None else list(keys)
+        unknown = [key for key in chosen if key not in found]
+    except TypeError:
+        raise ValueError(f"keys: expected a list of keys, got {keys!r}") from None
     if unknown:
         raise ValueError(f"keys: expected some that cached_simulations lists, got {', '.join(map(repr, unknown))}")
     removed: list[CachedSimulation] = []

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from p4flows.checks import describe
 from p4flows.molecules import geometry
 from p4flows.molecules.constraints import Constraints, fixed_bonds
 from p4flows.molecules.molecule import Molecule
@@ -203,7 +204,7 @@ class MixedCoordinates(nn.Module):
     def _split(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The points of the block, bonds, angles and dihedrals in nm and radians."""
         if not isinstance(z, Tensor) or not z.is_floating_point() or z.shape[-1:] != (self.n_coordinates,):
-            raise ValueError(f"z: expected floating-point (..., {self.n_coordinates}), got {_describe(z)}")
+            raise ValueError(f"z: expected floating-point (..., {self.n_coordinates}), got {describe(z)}")
         q, z = self._check_type(z, "z").split([self.basis.shape[1], len(self.mean)], -1)
         sizes = [len(self.free_bonds), len(self._angles), len(self.z_matrix)]
         bonds, angles, dihedrals = (z * self.std + self.mean).split(sizes, -1)
@@ -239,7 +240,7 @@ class MixedCoordinates(nn.Module):
                 return x
             if x.shape[-1:] == (3 * n,):
                 return x.unflatten(-1, (n, 3))
-        raise ValueError(f"{name}: expected floating-point (..., {n}, 3) or (..., {3 * n}), got {_describe(x)}")
+        raise ValueError(f"{name}: expected floating-point (..., {n}, 3) or (..., {3 * n}), got {describe(x)}")
 
     def _check_type(self, x: Tensor, name: str) -> Tensor:
         ours = self.mean
@@ -258,7 +259,3 @@ def _count_atoms(data: object) -> int | None:
     if data.ndim > 2 and data.shape[-1] == 3:
         return data.shape[-2]
     return data.shape[-1] // 3 if data.shape[-1] % 3 == 0 else None
-
-
-def _describe(x: object) -> str:
-    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor | np.ndarray) else type(x).__name__

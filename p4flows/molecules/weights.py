@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from p4flows.checks import describe
 
 __all__ = ["ImportanceWeights", "importance_weights"]
 
@@ -97,11 +98,11 @@ def importance_weights(log_q: Tensor, energy: Tensor, logabsdet: Tensor, in_rang
     given = {"log_q": log_q, "energy": energy, "logabsdet": logabsdet}
     for name, value in given.items():
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim != 1 or not len(value):
-            raise ValueError(f"{name}: expected floating-point (B,), got {_describe(value)}")
+            raise ValueError(f"{name}: expected floating-point (B,), got {describe(value)}")
         if value.shape != log_q.shape:
             raise ValueError(f"{name}: expected {tuple(log_q.shape)}, as log_q, got {tuple(value.shape)}")
     if not isinstance(in_range, Tensor) or in_range.dtype != torch.bool or in_range.shape != log_q.shape:
-        raise ValueError(f"in_range: expected bool {tuple(log_q.shape)}, got {_describe(in_range)}")
+        raise ValueError(f"in_range: expected bool {tuple(log_q.shape)}, got {describe(in_range)}")
     log_q, energy, logabsdet = (value.double() for value in given.values())
     for name, value, valid in (
         ("log_q", log_q, log_q.isfinite()),
@@ -113,7 +114,3 @@ def importance_weights(log_q: Tensor, energy: Tensor, logabsdet: Tensor, in_rang
             raise ValueError(f"{name}: expected finite values of samples in range, got {value[wrong][0].item()}")
     log_weights = -energy + logabsdet - log_q + in_range.double().mean().log()
     return ImportanceWeights(log_weights.where(in_range, log_weights.new_tensor(-math.inf)), in_range)
-
-
-def _describe(x: object) -> str:
-    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor | np.ndarray) else type(x).__name__

@@ -24,16 +24,17 @@ def bijection(case: Case) -> None:
     The inverse is a method ``inverse``, as in nflows, or an argument ``inverse`` of ``forward``, as in bgflow. Each
     direction returns what it makes of its inputs, as many tensors, and perhaps their log|det|.
     """
-    if inverse_of(case.new()) is None:
-        return
     changed, perturbed = case.changed(case.new()), case.changed(case.new())
     case.perturb(perturbed, case.generator(12))
     case.perturb_others(perturbed, case.generator(13))
     for layer, when in ((case.new(), "new"), (changed, "after merges"), (perturbed, "perturbed")):
+        inverse = inverse_of(layer)
+        if inverse is None:
+            return
         parameter = layer.perturbation[0]
         x = [part.to(parameter.device, parameter.dtype) for part in case.example]
         y, logs = _split(case.call(layer), len(x))
-        back, inverse_logs = _split(case.call_with(inverse_of(layer) or layer, [part.detach() for part in y]), len(x))
+        back, inverse_logs = _split(case.call_with(inverse, [part.detach() for part in y]), len(x))
         case.assert_close(_plain(x), _plain(back), f"{when}: inverse does not undo forward")
         require(len(logs) == len(inverse_logs), f"{when}: expected log|det| of both directions, or of none")
         if logs:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from p4flows.checks import items, number
-from p4flows.perturbation import MergeOutcome, P4Layer
+from p4flows.outcomes import MergeOutcome
+from p4flows.perturbation import P4Layer
 from p4flows.training.scheduler import MergeScheduler
 
 __all__ = ["Case", "Outputs", "keeps_function", "require"]

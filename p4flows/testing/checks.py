@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from p4flows.perturbation import MergeOutcome
+from p4flows.outcomes import MergeOutcome
 from p4flows.testing.case import Case, keeps_function, require
 
 __all__ = [
@@ -44,7 +44,7 @@ def declarations(case: Case) -> None:
     penalty = layer.penalty()
     require(penalty.shape == (), f"penalty: expected a scalar, got shape {tuple(penalty.shape)}")
     require(penalty.isfinite(), f"penalty: expected a finite one, got {penalty!r}")
-    if penalty.requires_grad:
+    if penalty.requires_grad and case.trained(layer):
         found = torch.autograd.grad(penalty, case.trained(layer), allow_unused=True)
         require(all(g is None or g.isfinite().all() for g in found), "penalty: expected a finite gradient at B0")
     for name, outcome in (("merge", layer.merge()), ("correct", layer.correct())):

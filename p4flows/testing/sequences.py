@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from p4flows.perturbation import MergeOutcome
+from p4flows.outcomes import MergeOutcome
 from p4flows.testing.case import Case, Outputs, keeps_function
 
 __all__ = ["sequences"]

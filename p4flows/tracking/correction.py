@@ -8,9 +8,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from p4flows.perturbation import Correction
+from p4flows.outcomes import Correction
 from p4flows.tracking import algebra
 from p4flows.tracking.group import Matrices
+from p4flows.tracking.hyperpower import cheapest_order, hyperpower
 
 __all__ = ["correct_", "drifted_"]
 
@@ -88,8 +89,8 @@ def correct_(state: Matrices, which: Tensor | None = None, order: int | None = N
             corrected = torch.where(hopeless[:, None, None], torch.linalg.inv_ex(A).inverse, A_inv)
         else:
             # A matrix next to a singular one stays as it was inverted: iterations would only blow the error up.
-            step = order or algebra.cheapest_order(size.where(converges, 0).max().item(), target.min().item())
-            corrected = torch.where(converges[:, None, None], algebra.hyperpower(A_inv, R, step), A_inv)
+            step = order or cheapest_order(size.where(converges, 0).max().item(), target.min().item())
+            corrected = torch.where(converges[:, None, None], hyperpower(A_inv, R, step), A_inv)
         kept = corrected.isfinite().all(-1).all(-1)
         A_inv = torch.where(kept[:, None, None], corrected, A_inv)
         if not hopeless.any() and (order is not None or (~converges | (size**step <= target)).all()):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from p4flows.checks import Bounds
-from p4flows.perturbation import MergeOutcome
+from p4flows.outcomes import MergeOutcome
 from p4flows.tracking import algebra
 from p4flows.tracking.group import Matrices
 from p4flows.tracking.merging import PARTS, regular, sanity

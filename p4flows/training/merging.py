@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from p4flows.perturbation import MergeOutcome, P4Layer
+from p4flows.outcomes import MergeOutcome
+from p4flows.perturbation import P4Layer
 from p4flows.training.optimizer_state import StateReset
 from p4flows.training.optimizers import full_rank
 from p4flows.training.share import Share

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from p4flows.perturbation import Correction, MergeOutcome
+from p4flows.outcomes import Correction, MergeOutcome
 
 __all__ = ["Tally", "Warnings"]
 

@@ -10,6 +10,7 @@ from p4flows import Correction, MergeScheduler, P4Inv, P4InvStack
 from p4flows.tracking import algebra
 from p4flows.tracking.correction import drifted_
 from p4flows.tracking.group import Group
+from p4flows.tracking.hyperpower import cheapest_order
 
 
 def exact_inverse_residual(A):
@@ -120,7 +121,7 @@ def test_the_order_with_the_fewest_products():
             if target < residual:
                 size, cost = residual, 0
                 while size > target:
-                    order = algebra.cheapest_order(size, target)
+                    order = cheapest_order(size, target)
                     size, cost = size**order, cost + costs[order]
                 assert cost <= cheapest(
                     torch.log(torch.tensor(target)).item() / torch.log(torch.tensor(residual)).item()
