@@ -59,6 +59,10 @@ COMMANDS = {
         "molecules.validation",
         "simulations of alanine dipeptide beside OpenMM's own script, and equipartition",
     ),
+    "recipe": (
+        "molecules.recipe",
+        "effective sample sizes of alanine dipeptide at 600 K and 300 K: splines, swaps, energies, cooling",
+    ),
     "readme": ("harness.readme", "copy the result tables into README.md and docs/"),
 }
 

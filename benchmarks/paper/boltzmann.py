@@ -21,7 +21,7 @@ from p4flows.molecules import (
     simulate,
 )
 
-__all__ = ["Data", "Samples", "jensen_shannon", "load_data", "measure"]
+__all__ = ["Data", "Samples", "draw", "jensen_shannon", "load_data", "measure"]
 
 TEMPERATURE = 600.0
 PERTURBATION = 0.004  # nm, Figure 7
@@ -75,11 +75,17 @@ def load_data(frames: int, stride: int = 100, seed: int = 0) -> Data:
     return Data(molecule, energy, coordinates, train, test, z, test_z, test_logabsdet)
 
 
+def draw(flow: Flow, count: int, generator: torch.Generator) -> Tensor:
+    """Noise that the flow turns into samples, from a generator, which nflows' own distributions do not take."""
+    own = getattr(flow._distribution, "draw", None)
+    return own(count, generator) if own else torch.randn(count, *flow._distribution._shape, generator=generator)
+
+
 @torch.no_grad()
 def measure(flow: Flow, data: Data, reference: Samples, samples: int = 10_000, seed: int = 0) -> tuple[dict, Samples]:
     """What the flow's samples are worth, in the terms of Figure 7 and more, and the samples."""
     flow.eval()
-    noise = torch.randn(samples, data.z.shape[1], generator=torch.Generator().manual_seed(seed))
+    noise = draw(flow, samples, torch.Generator().manual_seed(seed))
     z, drawn, log_q, volumes = [], [], [], []
     for part in noise.split(10_000):
         part_z, logabsdet = flow._transform.inverse(part)

@@ -12,17 +12,19 @@ from typing import Any
 import torch
 from nflows.flows import Flow
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from benchmarks.harness.checkpoint import Checkpoint
-from benchmarks.paper.boltzmann import Data
-from p4flows import MergeScheduler
+from benchmarks.paper.boltzmann import Data, draw
+from p4flows import AveragedModel, MergeScheduler
 from p4flows.molecules import importance_weights, regularize_energy
 from p4flows.perturbation import P4Layer
 
 __all__ = ["Stage", "train"]
 
 _WINDOW = 100  # steps that a point of the training curve is the mean of
+_AVERAGED = 10  # steps between two that an average is made of
 _E_HIGH, _E_MAX = 100.0, 1e20  # kT; beyond the first, energies count by their logarithm
 
 
@@ -35,7 +37,7 @@ class Stage:
     lr: float = 1e-3
     schedule: str = "constant"  # or "cosine"
     energy_weight: float = 0.0
-    every: int = 10
+    every: int | None = 10
     correct_every: int | None = None
     reset: str = "momentum"
     seed: int = 0
@@ -61,7 +63,7 @@ class _Loss:
         likelihood = -(self.flow._distribution.log_prob(noise) + logabsdet).mean()
         if not self.stage.energy_weight:
             return likelihood
-        noise = torch.randn(self.stage.batch, self.data.z.shape[1], generator=generator)
+        noise = draw(self.flow, self.stage.batch, generator)
         z, logabsdet = self.to_data(noise)
         x, volume = self.data.coordinates.inverse(z)
         energy = regularize_energy(self.data.energy(x), _E_HIGH, _E_MAX)
@@ -82,9 +84,19 @@ def _detached_after(scheduler: MergeScheduler | None) -> Iterator[None]:
 
 
 def train(
-    flow: Flow, data: Data, stage: Stage, name: str = "", checkpoint: Path | None = None, compiled: bool = False
+    flow: Flow,
+    data: Data,
+    stage: Stage,
+    name: str = "",
+    checkpoint: Path | None = None,
+    compiled: bool = False,
+    average: float = 0.0,
 ) -> dict[str, Any]:
-    """Train, from ``checkpoint`` on if there is one. Merges are attached where there is something to merge."""
+    """Train, from ``checkpoint`` on if there is one. Merges are attached where there is something to merge.
+
+    With ``average``, the flow ends as the exponential average with this decay of what it was at every tenth step of
+    the second half.
+    """
     generator = torch.Generator().manual_seed(stage.seed)
     optimizer = torch.optim.Adam(flow.parameters(), lr=stage.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
@@ -96,6 +108,7 @@ def train(
             flow, optimizer, every=stage.every, correct_every=stage.correct_every, reset=stage.reset
         ).attach()
     loss = _Loss(flow, data, stage, compiled)
+    averaged = AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(average)) if average else None
     kept = Checkpoint(
         checkpoint,
         asdict(stage),
@@ -104,6 +117,7 @@ def train(
         schedule=schedule,
         merges=scheduler,
         generator=generator,
+        averaged=averaged,
     )
     numbers = {"step": 0, "seconds": 0.0, "curve": [], "bad": 0} | kept.restore()
     done = numbers["step"]
@@ -125,6 +139,8 @@ def train(
             else:
                 optimizer.step()
             schedule.step()
+            if averaged and step % _AVERAGED == 0 and step > stage.steps / 2:
+                averaged.update_parameters(flow)
             recent.append(value.detach())
             bar.update()
             if step % window == 0 or step == stage.steps:
@@ -136,6 +152,8 @@ def train(
                 recent.clear()
                 bar.set_postfix(loss=f"{numbers['curve'][-1]:.2f}")
                 (kept.save if step == stage.steps else kept.save_if_due)(**numbers)
+    if averaged:
+        flow.load_state_dict(averaged.module.state_dict())
     return {
         "ms_per_step": 1000 * numbers["seconds"] / stage.steps,
         "curve": [round(value, 4) for value in numbers["curve"]],
