@@ -61,7 +61,7 @@ COMMANDS = {
     ),
     "recipe": (
         "molecules.recipe",
-        "effective sample sizes of alanine dipeptide at 600 K and 300 K: splines, swaps, energies, cooling",
+        "effective sample sizes of alanine dipeptide at 600 K and 300 K: splines, swaps, own samples, cooling",
     ),
     "readme": ("harness.readme", "copy the result tables into README.md and docs/"),
 }

@@ -35,5 +35,10 @@ def test_runs(path, monkeypatch, tmp_path):
     monkeypatch.setenv("P4FLOWS_CACHE", str(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        client = nbclient.NotebookClient(nbformat.read(path, as_version=4), timeout=300, kernel_name="python3")
+        client = nbclient.NotebookClient(
+            nbformat.read(path, as_version=4),
+            timeout=300,
+            kernel_name="python3",
+            resources={"metadata": {"path": path.parent}},  # where those who open it are
+        )
         asyncio.run(client.async_execute())

@@ -26,6 +26,8 @@ TABLES = {
     "demo": "paper.demo",
     "linear": "paper.linear",
     "density2d": "paper.density2d",
+    "recipe": "molecules.recipe",
+    "validation": "molecules.validation",
     "alanine_dipeptide": "paper.alanine_dipeptide",
     "mnist": "paper.mnist",
     "cost": "speed.cost",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
 
 import torch
 from nflows.distributions import Distribution
@@ -102,10 +104,13 @@ class SplineCoupling(Transform):
         self.compiled = compiled
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return (_FORWARD if self.compiled and torch.is_grad_enabled() else SplineCoupling._forward)(self, inputs)
+        return self._in_training(SplineCoupling._forward)(self, inputs)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return (_INVERSE if self.compiled and torch.is_grad_enabled() else SplineCoupling._inverse)(self, inputs)
+        return self._in_training(SplineCoupling._inverse)(self, inputs)
+
+    def _in_training(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return _compiled(function) if self.compiled and torch.is_grad_enabled() else function
 
     def _forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         first, second, angles = inputs.split(self.sizes, -1)
@@ -139,7 +144,9 @@ class SplineCoupling(Transform):
         return torch.cat([first, second, torch.cat([kept, turned], -1)[:, self.back]], -1)
 
 
-_FORWARD, _INVERSE = (torch.compile(f, dynamic=False) for f in (SplineCoupling._forward, SplineCoupling._inverse))
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
 
 
 def _wrap(angle: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -28,7 +29,9 @@ KEPT = "--checkpoints"
 _LADDER = (505.0, 424.0, 357.0, 300.0)  # K, steps of a factor 1.19
 _FRAMES = 250_000
 _MEASURED = 50_000
-_BUFFER = 40_000  # samples at each temperature
+_BUFFER = 80_000  # samples in each round
+_AVERAGE = 0.9  # decay, over every tenth step of the last half
+_ROUNDS, _LAST_ROUNDS, _ROUNDS_PER_STEPS = 10, 3, 6  # at 600 K, at 300 K, and of a sixth of the first steps each
 _CLIPPED = 40  # weights that count no more than the least of them
 
 
@@ -37,7 +40,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of networks and training")
     parser.add_argument("--frames", type=int, default=_FRAMES, help="MD frames, 0.1 ps apart")
     parser.add_argument("--couplings", type=int, default=8, help="coupling layers")
-    parser.add_argument("--steps", type=int, default=4_000, help="by likelihood; a fourth of that by energy too")
+    parser.add_argument(
+        "--steps", type=int, default=2_000, help="on frames; a sixth of that in each of 16 rounds on own samples"
+    )
     parser.add_argument("--batch", type=int, default=512, help="in a step")
     parser.add_argument("--samples", type=int, default=_MEASURED, help="drawn to measure")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
@@ -70,41 +75,61 @@ def _follow(mix: str, seed: int, data: Data, args: Namespace) -> list[dict[str, 
     settings = _settings(args) | {"mix": mix, "seed": seed}
     rows: list[dict[str, Any]] = []
 
-    def part(name: str, stage: Stage, data: Data, average: float = 0.9) -> dict[str, Any]:
+    def part(name: str, stage: Stage, data: Data) -> float:
         path = args.kept / f"{mix} {seed} {name} {fingerprint(settings)}.pt"
-        return train(flow, data, replace(stage, seed=seed), f"{mix}, {name}", path, average=average)
+        training = train(flow, data, replace(stage, seed=seed), f"{mix}, {name}", path, average=_AVERAGE)
+        return training["ms_per_step"] * stage.steps / 1000
 
-    def row(name: str, temperature: float, training: dict[str, Any], measured: dict[str, Any]) -> None:
-        seconds = training["ms_per_step"] * training["steps"] / 1000
+    def row(name: str, temperature: float, seconds: float, measured: dict[str, Any]) -> None:
         rows.append(
             {"mix": mix, "seed": seed, "part": name, "temperature": temperature, "seconds": seconds, **measured}
         )
         print(f"{mix}, {seed}, {name}: ESS {measured['ess']:.1%} at {temperature:.0f} K, {seconds:.0f} s", flush=True)
 
     likelihood = Stage(args.steps, args.batch, lr=1e-3, schedule="cosine", every=None)
-    training = part("likelihood", likelihood, data) | {"steps": likelihood.steps}
-    row("likelihood", TEMPERATURE, training, measure(flow, data, md, args.samples, seed)[0])
-    energy = replace(likelihood, steps=max(1, args.steps // 4), lr=3e-4, energy_weight=1.0)
-    training = part("energy", energy, data) | {"steps": energy.steps}
-    row("energy", TEMPERATURE, training, measure(flow, data, md, args.samples, seed)[0])
-    cooling = replace(energy, steps=max(1, args.steps // 20))
+    row("likelihood", TEMPERATURE, part("likelihood", likelihood, data), measure(flow, data, md, args.samples, seed)[0])
+    # Frames are correlated, and a flow that sees them often overfits. Its own samples are new in every round.
+    own = replace(likelihood, steps=max(1, args.steps // _ROUNDS_PER_STEPS), lr=3e-4)
+    seconds = 0.0
+    for i in range(_ROUNDS):
+        seconds += _learn_from_own(flow, data, own, part, f"round {i}", args.samples, 100 * seed + i, data.z)
+    row("own samples", TEMPERATURE, seconds, measure(flow, data, md, args.samples, seed)[0])
     before = TEMPERATURE
     for temperature in _LADDER:
-        # The last temperature is the one that counts.
-        stage = replace(cooling, steps=3 * cooling.steps) if temperature == _LADDER[-1] else cooling
         flow._distribution.deviation *= (temperature / before) ** 0.5
         before = temperature
         cold = replace(data, energy=OpenMMEnergy(data.molecule.system, temperature))
-        start = time.perf_counter()
-        z, weights = _weigh(flow, cold, min(_BUFFER, 10 * args.samples), seed + 1)
-        buffer = replace(cold, z=_resampled(z, weights, seed))
-        drawing = time.perf_counter() - start
-        training = part(f"{temperature:.0f} K", stage, buffer)
+        # The last temperature is the one that counts.
+        rounds = _LAST_ROUNDS if temperature == _LADDER[-1] else 1
+        seconds = sum(
+            _learn_from_own(flow, cold, own, part, f"{temperature:.0f} K, round {i}", args.samples, 100 * seed + i)
+            for i in range(rounds)
+        )
         _, weights = _weigh(flow, cold, args.samples, seed)
-        training = training | {"steps": stage.steps}
-        training["ms_per_step"] += 1000 * drawing / stage.steps
-        row(f"{temperature:.0f} K", temperature, training, _describe(weights, args.samples))
+        row(f"{temperature:.0f} K", temperature, seconds, _describe(weights, args.samples))
     return rows
+
+
+def _learn_from_own(
+    flow: Flow,
+    data: Data,
+    stage: Stage,
+    part: Callable[..., float],
+    name: str,
+    samples: int,
+    seed: int,
+    besides: Tensor | None = None,
+) -> float:
+    """Train on the flow's own samples, drawn anew by their weights, and on as many of other data; the seconds."""
+    start = time.perf_counter()
+    z, weights = _weigh(flow, data, min(_BUFFER, 10 * samples), seed)
+    z = _resampled(z, weights, seed)
+    if besides is not None:
+        z = torch.cat(
+            [z, besides[torch.randperm(len(besides), generator=torch.Generator().manual_seed(seed))[: len(z)]]]
+        )
+    drawing = time.perf_counter() - start
+    return drawing + part(name, stage, replace(data, z=z))
 
 
 @torch.no_grad()
@@ -140,7 +165,7 @@ def _describe(weights: ImportanceWeights, count: int) -> dict[str, float]:
 def claims(results: dict[str, Any]) -> list[dict[str, Any]]:
     """The goals of the recipe, for the kind of swap that is best in each; with several seeds by the worst of them."""
     judged = []
-    for temperature, part, goal in ((600, "energy", 0.5), (300, "300 K", 0.2)):
+    for temperature, part, goal in ((600, "own samples", 0.5), (300, "300 K", 0.2)):
         found: dict[str, list[float]] = {}
         for row in results["rows"]:
             if row["part"] == part:

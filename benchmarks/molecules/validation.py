@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from openmm import app, unit
 
+from benchmarks.harness.claims import claim
+from benchmarks.harness.claims import table as claims_table
 from benchmarks.harness.environment import save
 from benchmarks.molecules.validation_figure import draw
 from p4flows.molecules import (
@@ -26,10 +28,9 @@ from p4flows.molecules import (
     simulate,
 )
 
-__all__ = ["COMMITTED", "FILES", "add_arguments", "run", "table"]
+__all__ = ["FILES", "add_arguments", "claims", "run", "table"]
 
 FILES = ("validation.json", "validation.png")
-COMMITTED = False
 FORCEFIELD = ("amber99sbildn.xml", "amber99_obc.xml")  # as in the script
 LADDER = [300.0, 378.0, 476.0, 600.0]
 STRIDE = 100
@@ -68,7 +69,7 @@ def run(args: Namespace) -> dict[str, Any]:
         row.update(_compare(row, next(r for r in rows if r["temperature"] == row["temperature"])))
     print(save("validation", results, args.out))
     print(draw(results, args.out / "validation.png"))
-    print(table(results))
+    print(f"{claims_table({'claims': claims(results)})}\n\n{table(results)}")
     return results
 
 
@@ -132,6 +133,28 @@ def _compare(row: dict, reference: dict) -> dict[str, float]:
         result[f"{name}_deviation"] = float(np.max(np.abs(a - b)[filled] / error[filled], initial=0.0))
         result[f"{name}_distance"] = float(np.abs(a - b).sum() / 2)
     return result
+
+
+def claims(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Whether our simulations agree with OpenMM's script, and all with equipartition, as far as their errors tell."""
+    shares = [abs(row["share"] - 1) / row["share_error"] for row in results["rows"]]
+    bins = [max(row["phi_deviation"], row["psi_deviation"]) for row in results["rows"]]
+    return [
+        claim(
+            "equipartition: a stiff coordinate has its share of the energy",
+            "1 kT",
+            "each way and temperature within 3 of its errors",
+            f"{max(shares):.1f} errors at most",
+            max(shares) <= 3,
+        ),
+        claim(
+            "marginals of φ and ψ where φ < 0, beside OpenMM's script",
+            "equal",
+            f"each of {results['bins']} bins within 4 errors of both",
+            f"{max(bins):.1f} errors at most",
+            max(bins) <= 4,
+        ),
+    ]
 
 
 def table(results: dict[str, Any]) -> str:
