@@ -36,7 +36,9 @@ _CLIPPED = 40  # weights that count no more than the least of them
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--mixes", nargs="+", choices=list(MIXES), default=["random", "InvertibleLinear"])
+    parser.add_argument(
+        "--mixes", nargs="+", choices=list(MIXES), default=["random", "InvertibleLinear"], help="between couplings"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of networks and training")
     parser.add_argument("--frames", type=int, default=_FRAMES, help="MD frames, 0.1 ps apart")
     parser.add_argument("--couplings", type=int, default=8, help="coupling layers")
