@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from collections.abc import Callable
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -32,6 +30,7 @@ _MEASURED = 50_000
 _BUFFER = 80_000  # samples in each round
 _AVERAGE = 0.9  # decay, over every tenth step of the last half
 _ROUNDS, _LAST_ROUNDS, _ROUNDS_PER_STEPS = 10, 3, 6  # at 600 K, at 300 K, and of a sixth of the first steps each
+_UNSEEN = 1_000_000  # added to a seed for the noise that is measured with, which no round has trained on
 _CLIPPED = 40  # weights that count no more than the least of them
 
 
@@ -77,8 +76,11 @@ def _follow(mix: str, seed: int, data: Data, args: Namespace) -> list[dict[str, 
     settings = _settings(args) | {"mix": mix, "seed": seed}
     rows: list[dict[str, Any]] = []
 
-    def part(name: str, stage: Stage, data: Data) -> float:
+    def part(name: str, stage: Stage, data: Data, own: int | None = None, besides: Tensor | None = None) -> float:
+        """Train, with ``own`` as a seed on own samples; what is finished is read, and needs none. The seconds."""
         path = args.kept / f"{mix} {seed} {name} {fingerprint(settings)}.pt"
+        if own is not None and not (path.exists() and torch.load(path)["numbers"]["step"] == stage.steps):
+            data = replace(data, z=_own_samples(flow, data, min(_BUFFER, 10 * args.samples), own, besides))
         training = train(flow, data, replace(stage, seed=seed), f"{mix}, {name}", path, average=_AVERAGE)
         return training["ms_per_step"] * stage.steps / 1000
 
@@ -89,13 +91,18 @@ def _follow(mix: str, seed: int, data: Data, args: Namespace) -> list[dict[str, 
         print(f"{mix}, {seed}, {name}: ESS {measured['ess']:.1%} at {temperature:.0f} K, {seconds:.0f} s", flush=True)
 
     likelihood = Stage(args.steps, args.batch, lr=1e-3, schedule="cosine", every=None)
-    row("likelihood", TEMPERATURE, part("likelihood", likelihood, data), measure(flow, data, md, args.samples, seed)[0])
+    row(
+        "likelihood",
+        TEMPERATURE,
+        part("likelihood", likelihood, data),
+        measure(flow, data, md, args.samples, seed + _UNSEEN)[0],
+    )
     # Frames are correlated, and a flow that sees them often overfits. Its own samples are new in every round.
     own = replace(likelihood, steps=max(1, args.steps // _ROUNDS_PER_STEPS), lr=3e-4)
     seconds = 0.0
     for i in range(_ROUNDS):
-        seconds += _learn_from_own(flow, data, own, part, f"round {i}", args.samples, 100 * seed + i, data.z)
-    row("own samples", TEMPERATURE, seconds, measure(flow, data, md, args.samples, seed)[0])
+        seconds += part(f"round {i}", own, data, 100 * seed + i, data.z)
+    row("own samples", TEMPERATURE, seconds, measure(flow, data, md, args.samples, seed + _UNSEEN)[0])
     before = TEMPERATURE
     for temperature in _LADDER:
         flow._distribution.deviation *= (temperature / before) ** 0.5
@@ -103,35 +110,19 @@ def _follow(mix: str, seed: int, data: Data, args: Namespace) -> list[dict[str, 
         cold = replace(data, energy=OpenMMEnergy(data.molecule.system, temperature))
         # The last temperature is the one that counts.
         rounds = _LAST_ROUNDS if temperature == _LADDER[-1] else 1
-        seconds = sum(
-            _learn_from_own(flow, cold, own, part, f"{temperature:.0f} K, round {i}", args.samples, 100 * seed + i)
-            for i in range(rounds)
-        )
-        _, weights = _weigh(flow, cold, args.samples, seed)
+        seconds = sum(part(f"{temperature:.0f} K, round {i}", own, cold, 100 * seed + i) for i in range(rounds))
+        _, weights = _weigh(flow, cold, args.samples, seed + _UNSEEN)
         row(f"{temperature:.0f} K", temperature, seconds, _describe(weights, args.samples))
     return rows
 
 
-def _learn_from_own(
-    flow: Flow,
-    data: Data,
-    stage: Stage,
-    part: Callable[..., float],
-    name: str,
-    samples: int,
-    seed: int,
-    besides: Tensor | None = None,
-) -> float:
-    """Train on the flow's own samples, drawn anew by their weights, and on as many of other data; the seconds."""
-    start = time.perf_counter()
-    z, weights = _weigh(flow, data, min(_BUFFER, 10 * samples), seed)
-    z = _resampled(z, weights, seed)
-    if besides is not None:
-        z = torch.cat(
-            [z, besides[torch.randperm(len(besides), generator=torch.Generator().manual_seed(seed))[: len(z)]]]
-        )
-    drawing = time.perf_counter() - start
-    return drawing + part(name, stage, replace(data, z=z))
+def _own_samples(flow: Flow, data: Data, count: int, seed: int, besides: Tensor | None) -> Tensor:
+    """Samples of the flow, drawn anew by their weights, and as many of other data."""
+    z = _resampled(*_weigh(flow, data, count, seed), seed)
+    if besides is None:
+        return z
+    order = torch.randperm(len(besides), generator=torch.Generator().manual_seed(seed))
+    return torch.cat([z, besides[order[: len(z)]]])
 
 
 @torch.no_grad()
@@ -189,7 +180,7 @@ def table(results: dict[str, Any]) -> str:
         groups.setdefault((row["mix"], row["part"]), []).append(row)
     columns = [
         ("T (K)", "temperature", "{:.0f}"),
-        ("seconds of training", "seconds", "{:.0f}"),
+        ("seconds of steps", "seconds", "{:.0f}"),
         ("held-out NLL (nats)", "nll", "{:.2f}"),
         ("effective sample size", "ess", "{:.1%}"),
         ("largest weight", "largest_weight", "{:.2%}"),
