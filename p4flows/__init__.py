@@ -19,8 +19,9 @@ from p4flows.outcomes import Correction, MergeOutcome
 from p4flows.perturbation import P4Layer
 from p4flows.training import unmerged as _  # noqa: F401 (it warns where a training forgets to merge)
 from p4flows.training.averaging import AveragedModel
+from p4flows.training.first_step import attach_on_first_step
 from p4flows.training.report import Report, report
-from p4flows.training.scheduler import MergeScheduler, attach_on_first_step
+from p4flows.training.scheduler import MergeScheduler
 
 __all__ = [
     "PAPER_BOUNDS",

@@ -15,13 +15,14 @@ from nflows.transforms import CompositeTransform, Permutation, Transform
 from torch import Tensor, nn
 from zuko.transforms import MonotonicRQSTransform
 
+from benchmarks.molecules.turning import turning
 from p4flows.molecules import MixedCoordinates
+from p4flows.molecules.spread import wrap
 from p4flows.nflows import InvertibleLinear, P4InvLinear
 
-__all__ = ["MIXES", "NormalAndUniform", "Part", "SplineCoupling", "circular_flow", "turning"]
+__all__ = ["MIXES", "NormalAndUniform", "Part", "SplineCoupling", "circular_flow"]
 
 _BINS, _TAIL = 12, 6.0  # on standardised coordinates
-_STIFF = 15.0  # a dihedral whose circle is this many standard deviations long does not turn
 
 # What stands between two couplings, made of a permutation and a seed.
 MIXES = {
@@ -117,7 +118,7 @@ class SplineCoupling(Transform):
         kept, turned = angles[:, self.kept], angles[:, self.turned]
         spline, circular = self._splines(first, kept)
         second, logabsdet = spline.call_and_ladj(second)
-        turned, of_angles = circular.call_and_ladj(_wrap(turned + self.rotation))
+        turned, of_angles = circular.call_and_ladj(wrap(turned + self.rotation, -math.pi))
         return self._joined(first, second, kept, turned), logabsdet.sum(-1) + of_angles.sum(-1)
 
     def _inverse(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +127,7 @@ class SplineCoupling(Transform):
         spline, circular = self._splines(first, kept)
         second, turned = spline.inv(second), circular.inv(turned)
         logabsdet = spline.call_and_ladj(second)[1].sum(-1) + circular.call_and_ladj(turned)[1].sum(-1)
-        return self._joined(first, second, kept, _wrap(turned - self.rotation)), -logabsdet
+        return self._joined(first, second, kept, wrap(turned - self.rotation, -math.pi)), -logabsdet
 
     def _splines(self, first: Tensor, kept: Tensor) -> tuple[MonotonicRQSTransform, MonotonicRQSTransform]:
         parameters = self.net(torch.cat([first, kept.cos(), kept.sin()], -1)).unflatten(-1, (-1, 3 * _BINS - 1))
@@ -147,10 +148,6 @@ class SplineCoupling(Transform):
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
-
-
-def _wrap(angle: Tensor) -> Tensor:
-    return torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
 
 
 class NormalAndUniform(Distribution):
@@ -177,12 +174,6 @@ class NormalAndUniform(Distribution):
 
     def _sample(self, num_samples: int, context: Tensor | None = None) -> Tensor:
         return self.draw(num_samples)
-
-
-def turning(coordinates: MixedCoordinates) -> Tensor:
-    """Which of the torsions turn or hop, as positions in ``coordinates.torsions``; the others vibrate."""
-    torsions = coordinates.torsions
-    return (torsions.high - torsions.low < _STIFF).nonzero().flatten()
 
 
 def circular_flow(

@@ -16,9 +16,9 @@ from benchmarks.harness.claims import table as claims_table
 from benchmarks.harness.environment import save
 from benchmarks.harness.parts import fingerprint
 from benchmarks.molecules.circular import MIXES, circular_flow
-from benchmarks.paper.boltzmann import TEMPERATURE, Data, draw, load_data, measure
-from benchmarks.paper.boltzmann_training import Stage, train
-from p4flows.molecules import ImportanceWeights, OpenMMEnergy, importance_weights
+from benchmarks.paper.boltzmann import TEMPERATURE, Data, generate, load_data, measure, worth
+from benchmarks.paper.boltzmann_training import Stage, is_finished, train
+from p4flows.molecules import ImportanceWeights, OpenMMEnergy
 
 __all__ = ["FILES", "KEPT", "add_arguments", "claims", "run", "table"]
 
@@ -79,7 +79,7 @@ def _follow(mix: str, seed: int, data: Data, args: Namespace) -> list[dict[str, 
     def part(name: str, stage: Stage, data: Data, own: int | None = None, besides: Tensor | None = None) -> float:
         """Train, with ``own`` as a seed on own samples; what is finished is read, and needs none. The seconds."""
         path = args.kept / f"{mix} {seed} {name} {fingerprint(settings)}.pt"
-        if own is not None and not (path.exists() and torch.load(path)["numbers"]["step"] == stage.steps):
+        if own is not None and not is_finished(path, stage):
             data = replace(data, z=_own_samples(flow, data, min(_BUFFER, 10 * args.samples), own, besides))
         training = train(flow, data, replace(stage, seed=seed), f"{mix}, {name}", path, average=_AVERAGE)
         return training["ms_per_step"] * stage.steps / 1000
@@ -111,32 +111,19 @@ def _follow(mix: str, seed: int, data: Data, args: Namespace) -> list[dict[str, 
         # The last temperature is the one that counts.
         rounds = _LAST_ROUNDS if temperature == _LADDER[-1] else 1
         seconds = sum(part(f"{temperature:.0f} K, round {i}", own, cold, 100 * seed + i) for i in range(rounds))
-        _, weights = _weigh(flow, cold, args.samples, seed + _UNSEEN)
-        row(f"{temperature:.0f} K", temperature, seconds, _describe(weights, args.samples))
+        _, _, weights = generate(flow, cold, args.samples, seed + _UNSEEN)
+        row(f"{temperature:.0f} K", temperature, seconds, worth(weights))
     return rows
 
 
 def _own_samples(flow: Flow, data: Data, count: int, seed: int, besides: Tensor | None) -> Tensor:
     """Samples of the flow, drawn anew by their weights, and as many of other data."""
-    z = _resampled(*_weigh(flow, data, count, seed), seed)
+    z, _, weights = generate(flow, data, count, seed)
+    z = _resampled(z, weights, seed)
     if besides is None:
         return z
     order = torch.randperm(len(besides), generator=torch.Generator().manual_seed(seed))
     return torch.cat([z, besides[order[: len(z)]]])
-
-
-@torch.no_grad()
-def _weigh(flow: Flow, data: Data, count: int, seed: int) -> tuple[Tensor, ImportanceWeights]:
-    """Samples in coordinates, and their weights at the temperature of the energy of ``data``."""
-    flow.eval()
-    parts = []
-    for noise in draw(flow, count, torch.Generator().manual_seed(seed)).split(10_000):
-        z, logabsdet = flow._transform.inverse(noise)
-        x, volume = data.coordinates.inverse(z)
-        log_q = flow._distribution.log_prob(noise) - logabsdet
-        parts.append((z, log_q, data.energy(x), volume, data.coordinates.in_range(z)))
-    z, *rest = (torch.cat(part) for part in zip(*parts, strict=True))
-    return z, importance_weights(*rest)
 
 
 def _resampled(z: Tensor, weights: ImportanceWeights, seed: int) -> Tensor:
@@ -145,14 +132,6 @@ def _resampled(z: Tensor, weights: ImportanceWeights, seed: int) -> Tensor:
     ceiling = log_weights.topk(min(_CLIPPED, len(z))).values[-1]
     probability = log_weights.clamp(max=ceiling).softmax(0)
     return z[torch.multinomial(probability, len(z), True, generator=torch.Generator().manual_seed(seed))]
-
-
-def _describe(weights: ImportanceWeights, count: int) -> dict[str, float]:
-    return {
-        "ess": weights.effective_sample_size / count,
-        "largest_weight": weights.largest_share,
-        "rejected_fraction": weights.share_rejected,
-    }
 
 
 def claims(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from openmm import app, unit
 from benchmarks.harness.claims import claim
 from benchmarks.harness.claims import table as claims_table
 from benchmarks.harness.environment import save
+from benchmarks.molecules.turning import turning
 from benchmarks.molecules.validation_figure import draw
 from p4flows.molecules import (
     MixedCoordinates,
@@ -36,7 +37,6 @@ LADDER = [300.0, 378.0, 476.0, 600.0]
 STRIDE = 100
 BINS = 36
 _BLOCKS = 20
-_STIFF = 15  # a dihedral whose circle is this many standard deviations long does not turn
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -95,9 +95,9 @@ def _measure(x: np.ndarray, molecule: Molecule, temperature: float) -> dict[str,
     structures, volume = coordinates.inverse(z)
     energy = OpenMMEnergy(molecule, temperature)(structures)
     (gradient,) = torch.autograd.grad((energy - volume).sum(), z)
-    turning = coordinates.torsions.indices[(coordinates.torsions.high - coordinates.torsions.low) < _STIFF]
+    angles = coordinates.torsions.indices[turning(coordinates)]
     share = (z * gradient).detach().numpy()
-    share = np.delete(share, turning.numpy(), axis=1).mean(1)
+    share = np.delete(share, angles.numpy(), axis=1).mean(1)
     phi, psi = (dihedral(*(positions[:, i] for i in atoms)).numpy() for atoms in (molecule.phi, molecule.psi))
     edges = np.linspace(-np.pi, np.pi, BINS + 1)
     left = phi < 0

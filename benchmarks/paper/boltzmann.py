@@ -12,6 +12,7 @@ from torch import Tensor
 
 from p4flows import InvertibleLinear, P4Inv
 from p4flows.molecules import (
+    ImportanceWeights,
     MixedCoordinates,
     Molecule,
     OpenMMEnergy,
@@ -21,7 +22,7 @@ from p4flows.molecules import (
     simulate,
 )
 
-__all__ = ["Data", "Samples", "draw", "jensen_shannon", "load_data", "measure"]
+__all__ = ["Data", "Samples", "draw", "generate", "jensen_shannon", "load_data", "measure", "worth"]
 
 TEMPERATURE = 600.0
 PERTURBATION = 0.004  # nm, Figure 7
@@ -82,21 +83,36 @@ def draw(flow: Flow, count: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def measure(flow: Flow, data: Data, reference: Samples, samples: int = 10_000, seed: int = 0) -> tuple[dict, Samples]:
-    """What the flow's samples are worth, in the terms of Figure 7 and more, and the samples."""
+def generate(flow: Flow, data: Data, count: int, seed: int) -> tuple[Tensor, Samples, ImportanceWeights]:
+    """Samples of the flow in coordinates, as molecules, and their weights at the temperature of ``data.energy``."""
     flow.eval()
-    noise = draw(flow, samples, torch.Generator().manual_seed(seed))
     z, drawn, log_q, volumes = [], [], [], []
-    for part in noise.split(10_000):
+    for part in draw(flow, count, torch.Generator().manual_seed(seed)).split(10_000):
         part_z, logabsdet = flow._transform.inverse(part)
         x, volume = data.coordinates.inverse(part_z)
         z.append(part_z)
         drawn.append(data.samples(x))
         log_q.append(flow._distribution.log_prob(part).double() - logabsdet.double())
         volumes.append(volume)
-    drawn = Samples(*(torch.cat([getattr(s, name) for s in drawn]) for name in ("energy", "phi", "psi")))
+    samples = Samples(*(torch.cat([getattr(s, name) for s in drawn]) for name in ("energy", "phi", "psi")))
     z = torch.cat(z)
-    weights = importance_weights(torch.cat(log_q), drawn.energy, torch.cat(volumes), data.coordinates.in_range(z))
+    in_range = data.coordinates.in_range(z)
+    return z, samples, importance_weights(torch.cat(log_q), samples.energy, torch.cat(volumes), in_range)
+
+
+def worth(weights: ImportanceWeights) -> dict[str, float]:
+    """What a sample is worth, the share of the heaviest, and of those out of range."""
+    return {
+        "rejected_fraction": weights.share_rejected,
+        "ess": weights.effective_sample_size / len(weights.log_weights),
+        "largest_weight": weights.largest_share,
+    }
+
+
+@torch.no_grad()
+def measure(flow: Flow, data: Data, reference: Samples, samples: int = 10_000, seed: int = 0) -> tuple[dict, Samples]:
+    """What the flow's samples are worth, in the terms of Figure 7 and more, and the samples."""
+    z, drawn, weights = generate(flow, data, samples, seed)
     log_weights = weights.log_weights[weights.in_range]
     usable = log_weights.isfinite()
     nll = [
@@ -114,10 +130,8 @@ def measure(flow: Flow, data: Data, reference: Samples, samples: int = 10_000, s
         **describe(drawn, reference, data),
         # Of the samples in range; energies that are infinite are left out of the divergence, and weigh nothing.
         "reverse_kl": -log_weights[usable].mean().item(),
-        "rejected_fraction": weights.share_rejected,
         "unusable_fraction": (~usable).sum().item() / samples,
-        "ess": weights.effective_sample_size / samples,
-        "largest_weight": weights.largest_share,
+        **worth(weights),
         "marginal_js_mean": float(np.mean(marginals)),
         "marginal_js_max": float(np.max(marginals)),
         "round_trip": round_trip.abs().max().item(),

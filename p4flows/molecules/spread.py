@@ -93,6 +93,6 @@ def widest_gap(dihedrals: Tensor) -> Tensor:
     return torch.stack(cuts) if cuts else dihedrals.new_empty(0)
 
 
-def wrap(phi: Tensor, cut: Tensor) -> Tensor:
+def wrap(phi: Tensor, cut: Tensor | float) -> Tensor:
     """phi + 2π k in [cut, cut + 2π)."""
     return cut + torch.remainder(phi - cut, 2 * math.pi)

@@ -3,55 +3,23 @@
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from p4flows.checks import flag
-from p4flows.training.finding import Layers, held
+from p4flows.training.finding import held
 from p4flows.training.gradients import add_gradients, listen
 from p4flows.training.hooks import watch, watchers
 from p4flows.training.optimizers import unwrapped
 from p4flows.training.rounds import Rounds
 from p4flows.training.tie import tie, untie
 
-__all__ = ["MergeScheduler", "attach_on_first_step"]
+__all__ = ["MergeScheduler"]
 
 _STEPS_WITHOUT_A_CALL = 200
 _GRADIENTS_WITHOUT_A_STEP = 500
-
-
-def attach_on_first_step(model: nn.Module, **options: Any) -> Callable[[], MergeScheduler | None]:
-    """Merge the model's P4 layers in whatever training comes, by whichever optimizer steps on them.
-
-    For libraries that make the optimizer and run the loop inside one call, such as ``sbi``'s ``NPE.train``: call it
-    where the model is built. A new optimizer, in a second training, takes the place of the first. ``options`` are those
-    of :class:`MergeScheduler`. Returns a function that gives the scheduler, or None before the first step.
-
-    >>> import torch
-    >>> from p4flows import P4Inv
-    >>> layer = P4Inv(4)
-    >>> scheduler = attach_on_first_step(layer, every=1)
-    >>> optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
-    >>> layer(torch.randn(8, 4))[0].square().mean().backward()
-    >>> optimizer.step()
-    >>> scheduler().counters["merged"]
-    1
-    """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if not Layers(model)():
-        raise ValueError("model: expected one with a P4 layer")
-    scheduler = weakref.ref(MergeScheduler(model, None, **options).attach())
-
-    def current() -> MergeScheduler | None:
-        found = scheduler()
-        return found if found is not None and found.steps else None
-
-    return current
 
 
 class MergeScheduler(Rounds):

@@ -11,7 +11,8 @@ pytest.importorskip("zuko")
 from running import call
 
 from benchmarks.molecules import recipe
-from benchmarks.molecules.circular import MIXES, circular_flow, turning
+from benchmarks.molecules.circular import MIXES, circular_flow
+from benchmarks.molecules.turning import turning
 from benchmarks.paper import boltzmann_training
 from benchmarks.paper.boltzmann import load_data
 from p4flows.molecules import ImportanceWeights
