@@ -85,8 +85,8 @@ class SplineCoupling(Transform):
         angles: number of angles, which come last.
         parity: 0 or 1; the angles whose number among them has it are transformed.
         hidden: width of the network.
-        compiled: whether training runs compiled. One coupling is one graph, the same for all of a flow; that of a whole
-            flow takes minutes to make, and is no faster.
+        compiled: whether it runs compiled, for each size of batch anew. One coupling is one graph, the same for all of
+            a flow; that of a whole flow takes minutes to make, and is no faster.
     """
 
     def __init__(self, plain: int, angles: int, parity: int, hidden: int = 96, compiled: bool = False) -> None:
@@ -105,13 +105,13 @@ class SplineCoupling(Transform):
         self.compiled = compiled
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._in_training(SplineCoupling._forward)(self, inputs)
+        return self._fast(SplineCoupling._forward)(self, inputs)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._in_training(SplineCoupling._inverse)(self, inputs)
+        return self._fast(SplineCoupling._inverse)(self, inputs)
 
-    def _in_training(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return _compiled(function) if self.compiled and torch.is_grad_enabled() else function
+    def _fast(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return _compiled(function) if self.compiled else function
 
     def _forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         first, second, angles = inputs.split(self.sizes, -1)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from nflows.flows import Flow
-from torch import Tensor
 
 from benchmarks.harness.claims import claim
 from benchmarks.harness.claims import table as claims_table
 from benchmarks.harness.environment import save
 from benchmarks.harness.parts import fingerprint
 from benchmarks.molecules.circular import MIXES, circular_flow
+from benchmarks.molecules.own_samples import Rounds, train_on_own_samples
 from benchmarks.paper.boltzmann import TEMPERATURE, Data, generate, load_data, measure, worth
-from benchmarks.paper.boltzmann_training import Stage, is_finished, train
-from p4flows.molecules import ImportanceWeights, OpenMMEnergy
+from benchmarks.paper.boltzmann_training import Stage, train
+from p4flows.molecules import OpenMMEnergy
 
 __all__ = ["FILES", "KEPT", "add_arguments", "claims", "run", "table"]
 
@@ -26,12 +27,14 @@ FILES = ("recipe.json",)
 KEPT = "--checkpoints"
 _LADDER = (505.0, 424.0, 357.0, 300.0)  # K, steps of a factor 1.19
 _FRAMES = 250_000
-_MEASURED = 50_000
-_BUFFER = 80_000  # samples in each round
+_MEASURED = 200_000
+_DRAWN = 80_000  # samples in each round
+_RATE = 1e-3
 _AVERAGE = 0.9  # decay, over every tenth step of the last half
-_ROUNDS, _LAST_ROUNDS, _ROUNDS_PER_STEPS = 10, 3, 6  # at 600 K, at 300 K, and of a sixth of the first steps each
+_ROUNDS, _ROUNDS_PER_STEPS = 40, 8  # at 600 K, of an eighth of the first steps each
+_STEP_SHARE, _LAST_SHARE = 13, 4  # of these rounds: a thirteenth at each lower temperature, a fourth at 300 K
+_FEW = 4  # of the frames, a fourth stays beside own samples
 _UNSEEN = 1_000_000  # added to a seed for the noise that is measured with, which no round has trained on
-_CLIPPED = 40  # weights that count no more than the least of them
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -42,7 +45,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, default=_FRAMES, help="MD frames, 0.1 ps apart")
     parser.add_argument("--couplings", type=int, default=8, help="coupling layers")
     parser.add_argument(
-        "--steps", type=int, default=2_000, help="on frames; a sixth of that in each of 16 rounds on own samples"
+        "--steps", type=int, default=1_600, help="on frames; an eighth of that in each round on own samples"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=_ROUNDS, help="on own samples at 600 K, and as many below; 0 for frames alone"
     )
     parser.add_argument("--batch", type=int, default=512, help="in a step")
     parser.add_argument("--samples", type=int, default=_MEASURED, help="drawn to measure")
@@ -65,7 +71,7 @@ def run(args: Namespace) -> dict[str, Any]:
 
 
 def _settings(args: Namespace) -> dict[str, Any]:
-    names = ("frames", "couplings", "steps", "batch", "samples", "threads", "circular", "compiled")
+    names = ("frames", "couplings", "steps", "rounds", "batch", "samples", "threads", "circular", "compiled")
     return {name: getattr(args, name) for name in names}
 
 
@@ -76,62 +82,41 @@ def _follow(mix: str, seed: int, data: Data, args: Namespace) -> list[dict[str, 
     settings = _settings(args) | {"mix": mix, "seed": seed}
     rows: list[dict[str, Any]] = []
 
-    def part(name: str, stage: Stage, data: Data, own: int | None = None, besides: Tensor | None = None) -> float:
-        """Train, with ``own`` as a seed on own samples; what is finished is read, and needs none. The seconds."""
-        path = args.kept / f"{mix} {seed} {name} {fingerprint(settings)}.pt"
-        if own is not None and not is_finished(path, stage):
-            data = replace(data, z=_own_samples(flow, data, min(_BUFFER, 10 * args.samples), own, besides))
-        training = train(flow, data, replace(stage, seed=seed), f"{mix}, {name}", path, average=_AVERAGE)
-        return training["ms_per_step"] * stage.steps / 1000
+    def file(part: str, name: str) -> Path:
+        return args.kept / f"{mix} {seed} {part} {name} {fingerprint(settings)}.pt"
 
-    def row(name: str, temperature: float, seconds: float, measured: dict[str, Any]) -> None:
+    def row(part: str, temperature: float, seconds: float, measured: dict[str, Any]) -> None:
         rows.append(
-            {"mix": mix, "seed": seed, "part": name, "temperature": temperature, "seconds": seconds, **measured}
+            {"mix": mix, "seed": seed, "part": part, "temperature": temperature, "seconds": seconds, **measured}
         )
-        print(f"{mix}, {seed}, {name}: ESS {measured['ess']:.1%} at {temperature:.0f} K, {seconds:.0f} s", flush=True)
+        print(f"{mix}, {seed}, {part}: ESS {measured['ess']:.1%} at {temperature:.0f} K, {seconds:.0f} s", flush=True)
 
-    likelihood = Stage(args.steps, args.batch, lr=1e-3, schedule="cosine", every=None)
-    row(
-        "likelihood",
-        TEMPERATURE,
-        part("likelihood", likelihood, data),
-        measure(flow, data, md, args.samples, seed + _UNSEEN)[0],
-    )
+    def measured() -> dict[str, Any]:
+        return measure(flow, data, md, args.samples, seed + _UNSEEN)[0]
+
+    stage = Stage(args.steps, args.batch, lr=_RATE, schedule="cosine", every=None, seed=seed)
+    training = train(flow, data, stage, f"{mix}, likelihood", file("likelihood", "all"), average=_AVERAGE)
+    row("likelihood", TEMPERATURE, training["ms_per_step"] * stage.steps / 1000, measured())
+    if not args.rounds:
+        return rows
     # Frames are correlated, and a flow that sees them often overfits. Its own samples are new in every round.
-    own = replace(likelihood, steps=max(1, args.steps // _ROUNDS_PER_STEPS), lr=3e-4)
-    seconds = 0.0
-    for i in range(_ROUNDS):
-        seconds += part(f"round {i}", own, data, 100 * seed + i, data.z)
-    row("own samples", TEMPERATURE, seconds, measure(flow, data, md, args.samples, seed + _UNSEEN)[0])
+    stage = replace(stage, steps=max(1, args.steps // _ROUNDS_PER_STEPS), schedule="constant")
+    own = Rounds(args.rounds, min(_DRAWN, args.samples), stage)
+    few = data.z[: len(data.z) // _FEW]
+    seconds = train_on_own_samples(flow, data, own, partial(file, "own"), _AVERAGE, few)
+    row("own samples", TEMPERATURE, seconds, measured())
     before = TEMPERATURE
     for temperature in _LADDER:
         flow._distribution.deviation *= (temperature / before) ** 0.5
         before = temperature
         cold = replace(data, energy=OpenMMEnergy(data.molecule.system, temperature))
         # The last temperature is the one that counts.
-        rounds = _LAST_ROUNDS if temperature == _LADDER[-1] else 1
-        seconds = sum(part(f"{temperature:.0f} K, round {i}", own, cold, 100 * seed + i) for i in range(rounds))
+        count = args.rounds // (_LAST_SHARE if temperature == _LADDER[-1] else _STEP_SHARE)
+        part = f"{temperature:.0f} K"
+        seconds = train_on_own_samples(flow, cold, replace(own, count=max(1, count)), partial(file, part), _AVERAGE)
         _, _, weights = generate(flow, cold, args.samples, seed + _UNSEEN)
-        row(f"{temperature:.0f} K", temperature, seconds, worth(weights))
+        row(part, temperature, seconds, worth(weights))
     return rows
-
-
-def _own_samples(flow: Flow, data: Data, count: int, seed: int, besides: Tensor | None) -> Tensor:
-    """Samples of the flow, drawn anew by their weights, and as many of other data."""
-    z, _, weights = generate(flow, data, count, seed)
-    z = _resampled(z, weights, seed)
-    if besides is None:
-        return z
-    order = torch.randperm(len(besides), generator=torch.Generator().manual_seed(seed))
-    return torch.cat([z, besides[order[: len(z)]]])
-
-
-def _resampled(z: Tensor, weights: ImportanceWeights, seed: int) -> Tensor:
-    """As many samples, drawn by their weights; the largest are clipped, so that no sample is all there is."""
-    log_weights = weights.log_weights
-    ceiling = log_weights.topk(min(_CLIPPED, len(z))).values[-1]
-    probability = log_weights.clamp(max=ceiling).softmax(0)
-    return z[torch.multinomial(probability, len(z), True, generator=torch.Generator().manual_seed(seed))]
 
 
 def claims(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from p4flows import AveragedModel, MergeScheduler
 from p4flows.molecules import importance_weights, regularize_energy
 from p4flows.perturbation import P4Layer
 
-__all__ = ["Stage", "is_finished", "train"]
+__all__ = ["Stage", "train"]
 
 _WINDOW = 100  # steps that a point of the training curve is the mean of
 _AVERAGED = 10  # steps between two that an average is made of
@@ -81,11 +81,6 @@ def _detached_after(scheduler: MergeScheduler | None) -> Iterator[None]:
     finally:
         if scheduler is not None:
             scheduler.detach()
-
-
-def is_finished(checkpoint: Path, stage: Stage) -> bool:
-    """Whether :func:`train` would only read the end of the stage, and need no data."""
-    return checkpoint.exists() and torch.load(checkpoint)["numbers"]["step"] == stage.steps
 
 
 def train(

@@ -1,5 +1,6 @@
 """The recipe for effective sample sizes: its flow is a bijection that knows its angles; its parts go on from files."""
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ pytest.importorskip("zuko")
 
 from running import call
 
-from benchmarks.molecules import recipe
+from benchmarks.molecules import own_samples, recipe
 from benchmarks.molecules.circular import MIXES, circular_flow
 from benchmarks.molecules.turning import turning
 from benchmarks.paper import boltzmann_training
@@ -71,15 +72,48 @@ def test_the_base_is_normalised_at_every_temperature(data):
 
 
 def test_samples_are_drawn_by_their_weights():
-    z = torch.arange(1_000.0)[:, None]
-    log_weights = torch.where(z[:, 0] < 500, 0.0, math.log(3)).double()
+    z = torch.arange(10_000.0)[:, None]
+    log_weights = torch.where(z[:, 0] < 5_000, 0.0, math.log(3)).double()
     log_weights[0] = 50.0  # of no sample that is all there is
     log_weights[1] = -math.inf
-    drawn = recipe._resampled(z, ImportanceWeights(log_weights, log_weights > -math.inf), 0)
-    assert drawn.shape == z.shape
+    drawn = own_samples.resampled(z, ImportanceWeights(log_weights, log_weights > -math.inf), 0)
+    assert len(drawn) == pytest.approx(10_000 * 2**2 / 5, rel=0.01)  # their effective sample size
     assert not (drawn == 1).any()
-    assert (drawn == 0).double().mean() < 0.02
-    assert (drawn >= 500).double().mean() == pytest.approx(0.75, abs=0.05)
+    assert (drawn == 0).double().mean() < 0.01
+    assert (drawn >= 5_000).double().mean() == pytest.approx(0.75, abs=0.03)
+
+
+def test_the_rate_falls_from_round_to_round():
+    rounds = own_samples.Rounds(10, 100, boltzmann_training.Stage(1, lr=0.5))
+    rates = [rounds.rate(i) for i in range(10)]
+    assert rates[0] == 0.5
+    assert rates[5] == pytest.approx(0.25)
+    assert all(a > b > 0 for a, b in itertools.pairwise(rates))
+
+
+def test_rounds_train_on_what_was_drawn_before(monkeypatch, tmp_path, data):
+    seen = []
+    monkeypatch.setattr(
+        own_samples, "train", lambda flow, data, *_, **__: seen.append(data.z) or {"ms_per_step": 1000.0}
+    )
+    flow = circular_flow(data.coordinates, 2, "random", hidden=8)
+    rounds = own_samples.Rounds(3, 200, boltzmann_training.Stage(2, seed=4))
+
+    def train(name):
+        return own_samples.train_on_own_samples(flow, data, rounds, lambda part: tmp_path / part, 0.9, name)
+
+    seconds = train(data.z[:7])
+    assert seconds > 3 * 2
+    first, second, third = seen
+    torch.testing.assert_close(first[:7], data.z[:7])
+    assert len(first) > 7
+    torch.testing.assert_close(third[: len(second)], second)
+    assert len(third) > len(second) > len(first)
+    assert data.coordinates.in_range(third).all()
+    new = third[len(second) :].unique(dim=0)
+    assert not (new[:, None] == second).all(-1).any()  # every round has noise of its own
+    assert train(data.z[:7]) == seconds  # what was drawn is read
+    torch.testing.assert_close(seen[-1], third)
 
 
 def test_a_flow_ends_as_the_average_of_its_last_half(data):
@@ -95,7 +129,9 @@ def test_a_flow_ends_as_the_average_of_its_last_half(data):
 
 
 def test_the_recipe(monkeypatch, tmp_path):
-    command = "recipe --frames 300 --steps 20 --couplings 2 --samples 100 --batch 16 --threads 1 --no-compiled"
+    command = (
+        "recipe --frames 300 --steps 20 --rounds 2 --couplings 2 --samples 100 --batch 16 --threads 1 --no-compiled"
+    )
     results = call(monkeypatch, tmp_path, f"{command} --checkpoints {tmp_path / 'kept'}")
     rows = results["rows"]
     parts = ["likelihood", "own samples", "505 K", "424 K", "357 K", "300 K"]
@@ -111,6 +147,9 @@ def test_the_recipe(monkeypatch, tmp_path):
         False,
     ]
     assert len(recipe.table(results).splitlines()) == 2 + len(rows)
+    alone = call(monkeypatch, tmp_path, f"{command} --rounds 0 --mixes random --checkpoints {tmp_path / 'kept'}")
+    assert [row["part"] for row in alone["rows"]] == ["likelihood"]
+    assert recipe.claims(alone) == []
     again = call(monkeypatch, tmp_path, f"{command} --checkpoints {tmp_path / 'kept'}")
     for row in (*rows, *again["rows"]):
         row.pop("seconds")
