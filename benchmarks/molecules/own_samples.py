@@ -1,11 +1,9 @@
-"""Training a Boltzmann generator on its own samples, drawn anew by their weights: they are new in every round."""
+"""A Boltzmann generator's own samples, drawn anew by their weights, as data to train it on: new ones in every round."""
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,55 +12,57 @@ from torch import Tensor
 
 from benchmarks.harness.checkpoint import Checkpoint
 from benchmarks.paper.boltzmann import Data, generate
-from benchmarks.paper.boltzmann_training import Stage, train
 from p4flows.molecules import ImportanceWeights
 
-__all__ = ["Rounds", "resampled", "train_on_own_samples"]
+__all__ = ["OwnSamples", "resampled"]
 
 _CLIPPED = 40  # weights that count no more than the least of them
 
 
-@dataclass(frozen=True)
-class Rounds:
-    """``count`` times ``samples`` are drawn, and ``stage`` is done on them.
-
-    The learning rate of the stage is that of the first round, and falls from round to round as half a cosine.
-    """
-
-    count: int
-    samples: int
-    stage: Stage
-
-    def rate(self, i: int) -> float:
-        """The learning rate of round i."""
-        return self.stage.lr * (1 + math.cos(math.pi * i / self.count)) / 2
-
-
-def train_on_own_samples(
-    flow: Flow, data: Data, rounds: Rounds, file: Callable[[str], Path], average: float, beside: Tensor | None = None
-) -> float:
-    """Train at the temperature of ``data.energy``, from files on if there are any; the seconds that it took.
+@dataclass
+class OwnSamples:
+    """Rows for :func:`benchmarks.paper.boltzmann_training.train`: in each round the flow draws new ones.
 
     A round trains on its own samples and on those of the rounds before, of which each has as many rows as its weights
-    make it worth, and on ``beside``, rows of coordinates from elsewhere.
+    make it worth.
+
+    Attributes:
+        flow, data: what draws, and what weighs, at the temperature of ``data.energy``.
+        count: samples drawn in a round.
+        steps: of training in a round.
+        file: the file of a round, by its number, from which an interrupted run goes on.
+        seed: of the noise.
+        beside: rows (B, n) of coordinates from elsewhere.
     """
-    rows = [] if beside is None else [beside]
-    seconds = 0.0
-    for i in range(rounds.count):
-        seed = 1_000 * rounds.stage.seed + i
-        drawn = Checkpoint(file(f"samples {i}"), {"samples": rounds.samples, "seed": seed})
-        found = drawn.restore()
+
+    flow: Flow
+    data: Data
+    count: int
+    steps: int
+    file: Callable[[int], Path]
+    seed: int = 0
+    beside: Tensor | None = None
+    _parts: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, step: int) -> Tensor:
+        """The rows for this step of a training, the first of which is 1."""
+        rounds = 1 + (step - 1) // self.steps
+        if len(self._parts) < rounds:
+            self._parts += [self._drawn(i) for i in range(len(self._parts), rounds)]
+            self._rows = torch.cat(self._parts if self.beside is None else [self.beside, *self._parts])
+        return self._rows
+
+    def _drawn(self, i: int) -> Tensor:
+        seed = 1_000 * self.seed + i
+        kept = Checkpoint(self.file(i), {"samples": self.count, "seed": seed})
+        found = kept.restore()
         if not found:
-            start = time.perf_counter()
-            z, _, weights = generate(flow, data, rounds.samples, seed)
-            found = {"z": resampled(z, weights, seed), "seconds": time.perf_counter() - start}
-            drawn.save(**found)
-        rows.append(found["z"])
-        stage = replace(rounds.stage, lr=rounds.rate(i), seed=seed)
-        name = f"round {i}"
-        training = train(flow, replace(data, z=torch.cat(rows)), stage, name, file(name), average=average)
-        seconds += found["seconds"] + training["ms_per_step"] * stage.steps / 1000
-    return seconds
+            training = self.flow.training
+            z, _, weights = generate(self.flow, self.data, self.count, seed)
+            self.flow.train(training)
+            found = {"z": resampled(z, weights, seed)}
+            kept.save(**found)
+        return found["z"]
 
 
 def resampled(z: Tensor, weights: ImportanceWeights, seed: int) -> Tensor:

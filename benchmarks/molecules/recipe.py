@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.harness.claims import claim
 from benchmarks.harness.claims import table as claims_table
 from benchmarks.harness.environment import save
 from benchmarks.harness.parts import fingerprint
 from benchmarks.molecules.circular import MIXES, circular_flow
-from benchmarks.molecules.own_samples import Rounds, train_on_own_samples
+from benchmarks.molecules.own_samples import OwnSamples
 from benchmarks.paper.boltzmann import TEMPERATURE, Data, generate, load_data, measure, worth
 from benchmarks.paper.boltzmann_training import Stage, train
 from p4flows.molecules import OpenMMEnergy
@@ -29,8 +29,10 @@ _LADDER = (505.0, 424.0, 357.0, 300.0)  # K, steps of a factor 1.19
 _FRAMES = 250_000
 _MEASURED = 200_000
 _DRAWN = 80_000  # samples in each round
-_RATE = 1e-3
-_AVERAGE = 0.9  # decay, over every tenth step of the last half
+_RATE, _COLD_RATE = 1e-3, 3e-4
+_AVERAGE = 0.95  # decay, over every tenth step of the last half
+# Of the learning rate: entries of a dense weight move by it in every step, whatever their gradients, and disturb all.
+_SWAPS = {"InvertibleLinear": 0.1}
 _ROUNDS, _ROUNDS_PER_STEPS = 40, 8  # at 600 K, of an eighth of the first steps each
 _STEP_SHARE, _LAST_SHARE = 13, 4  # of these rounds: a thirteenth at each lower temperature, a fourth at 300 K
 _FEW = 4  # of the frames, a fourth stays beside own samples
@@ -94,16 +96,24 @@ def _follow(mix: str, seed: int, data: Data, args: Namespace) -> list[dict[str, 
     def measured() -> dict[str, Any]:
         return measure(flow, data, md, args.samples, seed + _UNSEEN)[0]
 
-    stage = Stage(args.steps, args.batch, lr=_RATE, schedule="cosine", every=None, seed=seed)
-    training = train(flow, data, stage, f"{mix}, likelihood", file("likelihood", "all"), average=_AVERAGE)
-    row("likelihood", TEMPERATURE, training["ms_per_step"] * stage.steps / 1000, measured())
+    def trained(part: str, data: Data, stage: Stage, rows: OwnSamples | None = None) -> float:
+        path, swaps = file(part, "training"), _SWAPS.get(mix, 1.0)
+        training = train(flow, data, stage, f"{mix}, {part}", path, average=_AVERAGE, swaps=swaps, rows=rows)
+        return training["ms_per_step"] * stage.steps / 1000
+
+    def on_own_samples(part: str, data: Data, rounds: int, rate: float, beside: Tensor | None = None) -> float:
+        steps = max(1, args.steps // _ROUNDS_PER_STEPS)
+        count = min(_DRAWN, args.samples)
+        rows = OwnSamples(flow, data, count, steps, lambda i: file(part, f"samples {i}"), seed, beside)
+        return trained(part, data, replace(likelihood, steps=rounds * steps, lr=rate), rows)
+
+    likelihood = Stage(args.steps, args.batch, lr=_RATE, schedule="cosine", every=None, seed=seed)
+    seconds = trained("likelihood", data, likelihood)
+    row("likelihood", TEMPERATURE, seconds, measured())
     if not args.rounds:
         return rows
     # Frames are correlated, and a flow that sees them often overfits. Its own samples are new in every round.
-    stage = replace(stage, steps=max(1, args.steps // _ROUNDS_PER_STEPS), schedule="constant")
-    own = Rounds(args.rounds, min(_DRAWN, args.samples), stage)
-    few = data.z[: len(data.z) // _FEW]
-    seconds = train_on_own_samples(flow, data, own, partial(file, "own"), _AVERAGE, few)
+    seconds = on_own_samples("own samples", data, args.rounds, _RATE, data.z[: len(data.z) // _FEW])
     row("own samples", TEMPERATURE, seconds, measured())
     before = TEMPERATURE
     for temperature in _LADDER:
@@ -111,11 +121,10 @@ def _follow(mix: str, seed: int, data: Data, args: Namespace) -> list[dict[str, 
         before = temperature
         cold = replace(data, energy=OpenMMEnergy(data.molecule.system, temperature))
         # The last temperature is the one that counts.
-        count = args.rounds // (_LAST_SHARE if temperature == _LADDER[-1] else _STEP_SHARE)
-        part = f"{temperature:.0f} K"
-        seconds = train_on_own_samples(flow, cold, replace(own, count=max(1, count)), partial(file, part), _AVERAGE)
+        rounds = args.rounds // (_LAST_SHARE if temperature == _LADDER[-1] else _STEP_SHARE)
+        seconds = on_own_samples(f"{temperature:.0f} K", cold, max(1, rounds), _COLD_RATE)
         _, _, weights = generate(flow, cold, args.samples, seed + _UNSEEN)
-        row(part, temperature, seconds, worth(weights))
+        row(f"{temperature:.0f} K", temperature, seconds, worth(weights))
     return rows
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,9 +57,9 @@ class _Loss:
             # Batches of one size: a graph that is good for others too would be slower.
             self.to_noise, self.to_data = (torch.compile(f, dynamic=False) for f in (self.to_noise, self.to_data))
 
-    def __call__(self, generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(self.data.z), (self.stage.batch,), generator=generator)
-        noise, logabsdet = self.to_noise(self.data.z[rows])
+    def __call__(self, z: Tensor, generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(z), (self.stage.batch,), generator=generator)
+        noise, logabsdet = self.to_noise(z[rows])
         likelihood = -(self.flow._distribution.log_prob(noise) + logabsdet).mean()
         if not self.stage.energy_weight:
             return likelihood
@@ -91,14 +91,19 @@ def train(
     checkpoint: Path | None = None,
     compiled: bool = False,
     average: float = 0.0,
+    swaps: float = 1.0,
+    rows: Callable[[int], Tensor] | None = None,
 ) -> dict[str, Any]:
     """Train, from ``checkpoint`` on if there is one. Merges are attached where there is something to merge.
+
+    Learned swaps are given ``swaps`` times the learning rate of the stage. ``rows`` returns the data for a step, the
+    first of which is 1, if these are not the frames.
 
     With ``average``, the flow ends as the exponential average with this decay of what it was at every tenth step of
     the second half.
     """
     generator = torch.Generator().manual_seed(stage.seed)
-    optimizer = torch.optim.Adam(flow.parameters(), lr=stage.lr)
+    optimizer = torch.optim.Adam(_groups(flow, stage.lr, swaps), lr=stage.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     if stage.schedule == "cosine":
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, stage.steps)
@@ -132,7 +137,7 @@ def train(
     ):
         for step in range(done + 1, stage.steps + 1):
             optimizer.zero_grad()
-            value = loss(generator)
+            value = loss(data.z if rows is None else rows(step), generator)
             value.backward()
             if stage.energy_weight and not torch.nn.utils.get_total_norm(_gradients(flow)).isfinite():
                 numbers["bad"] += 1  # a sample on a singularity of the energy must not end the run
@@ -160,6 +165,15 @@ def train(
         "unusable_batches": numbers["bad"],
         "counters": scheduler.counters if scheduler else None,
     }
+
+
+def _groups(flow: Flow, rate: float, swaps: float) -> list[Any]:
+    if swaps == 1:
+        return list(flow.parameters())
+    learned = [p for module in flow.modules() if isinstance(module, P4Layer) for p in module.parameters()]
+    ids = {id(p) for p in learned}
+    groups = [{"params": [p for p in flow.parameters() if id(p) not in ids]}, {"params": learned, "lr": swaps * rate}]
+    return [group for group in groups if group["params"]]
 
 
 def _gradients(flow: Flow) -> list[Tensor]:

@@ -1,6 +1,5 @@
 """The recipe for effective sample sizes: its flow is a bijection that knows its angles; its parts go on from files."""
 
-import itertools
 import math
 
 import pytest
@@ -83,37 +82,64 @@ def test_samples_are_drawn_by_their_weights():
     assert (drawn >= 5_000).double().mean() == pytest.approx(0.75, abs=0.03)
 
 
-def test_the_rate_falls_from_round_to_round():
-    rounds = own_samples.Rounds(10, 100, boltzmann_training.Stage(1, lr=0.5))
-    rates = [rounds.rate(i) for i in range(10)]
-    assert rates[0] == 0.5
-    assert rates[5] == pytest.approx(0.25)
-    assert all(a > b > 0 for a, b in itertools.pairwise(rates))
-
-
-def test_rounds_train_on_what_was_drawn_before(monkeypatch, tmp_path, data):
-    seen = []
-    monkeypatch.setattr(
-        own_samples, "train", lambda flow, data, *_, **__: seen.append(data.z) or {"ms_per_step": 1000.0}
-    )
+def test_every_round_adds_samples_of_its_own(tmp_path, data):
     flow = circular_flow(data.coordinates, 2, "random", hidden=8)
-    rounds = own_samples.Rounds(3, 200, boltzmann_training.Stage(2, seed=4))
-
-    def train(name):
-        return own_samples.train_on_own_samples(flow, data, rounds, lambda part: tmp_path / part, 0.9, name)
-
-    seconds = train(data.z[:7])
-    assert seconds > 3 * 2
-    first, second, third = seen
+    flow.train()
+    settings = {"count": 200, "steps": 3, "file": lambda i: tmp_path / f"{i}", "seed": 4, "beside": data.z[:7]}
+    rows = own_samples.OwnSamples(flow, data, **settings)
+    first, second, third = (rows(step) for step in (1, 4, 7))
+    assert flow.training
+    assert rows(9) is third
     torch.testing.assert_close(first[:7], data.z[:7])
-    assert len(first) > 7
     torch.testing.assert_close(third[: len(second)], second)
-    assert len(third) > len(second) > len(first)
+    assert len(third) > len(second) > len(first) > 7
     assert data.coordinates.in_range(third).all()
     new = third[len(second) :].unique(dim=0)
-    assert not (new[:, None] == second).all(-1).any()  # every round has noise of its own
-    assert train(data.z[:7]) == seconds  # what was drawn is read
-    torch.testing.assert_close(seen[-1], third)
+    assert not (new[:, None] == second).all(-1).any()
+    with torch.no_grad():
+        flow._transform._transforms[2].rotation.add_(1.0)
+    # A training that goes on reads what was drawn by the flow as it was.
+    torch.testing.assert_close(own_samples.OwnSamples(flow, data, **settings)(8), third)
+
+
+def test_a_training_on_own_samples_goes_on_where_it_was(monkeypatch, tmp_path, data):
+    stage = boltzmann_training.Stage(9, batch=16, lr=1e-2, schedule="cosine", every=None)
+
+    def train(folder, steps_seen, stop=None):
+        flow = circular_flow(data.coordinates, 2, "InvertibleLinear", hidden=8)
+        rows = own_samples.OwnSamples(flow, data, 100, 3, lambda i: tmp_path / f"{folder} {i}")
+
+        def seen(step):
+            if step == stop:
+                raise KeyboardInterrupt
+            steps_seen.append(step)
+            return rows(step)
+
+        path = tmp_path / folder
+        monkeypatch.setattr(boltzmann_training.Checkpoint, "save_if_due", boltzmann_training.Checkpoint.save)
+        monkeypatch.setattr(boltzmann_training, "_WINDOW", 1)
+        boltzmann_training.train(flow, data, stage, "", path, average=0.5, swaps=0.1, rows=seen)
+        return flow.state_dict()
+
+    whole = train("whole", [])
+    with pytest.raises(KeyboardInterrupt):
+        train("parts", [], stop=6)
+    steps = []
+    parts = train("parts", steps)
+    assert steps == [6, 7, 8, 9]
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=0, atol=0)
+
+
+def test_swaps_have_a_rate_of_their_own(data):
+    flows = [circular_flow(data.coordinates, 2, "InvertibleLinear", hidden=8) for _ in range(2)]
+    start = flows[0]._transform._transforms[3].transform.weight.detach().clone()
+    stage = boltzmann_training.Stage(1, batch=16, lr=1e-2, every=None)
+    for flow, swaps in zip(flows, (1.0, 0.1), strict=True):
+        boltzmann_training.train(flow, data, stage, swaps=swaps)
+    moved = [(flow._transform._transforms[3].transform.weight - start).abs().max().item() for flow in flows]
+    assert moved == pytest.approx([1e-2, 1e-3], rel=1e-3)
+    torch.testing.assert_close(*(flow._transform._transforms[2].rotation for flow in flows))
 
 
 def test_a_flow_ends_as_the_average_of_its_last_half(data):
