@@ -14,9 +14,12 @@ from benchmarks.harness.checkpoint import Checkpoint
 from benchmarks.paper.boltzmann import Data, generate
 from p4flows.molecules import ImportanceWeights
 
-__all__ = ["OwnSamples", "resampled"]
+__all__ = ["UNSEEN", "OwnSamples", "resampled"]
 
-_CLIPPED = 40  # weights that count no more than the least of them
+UNSEEN = 1_000_000
+"""Added to a seed: noise to measure with, on which no round has trained."""
+
+_CLIPPED = 2_000  # one in so many weights is among those that count no more than the least of them
 
 
 @dataclass
@@ -71,7 +74,10 @@ def resampled(z: Tensor, weights: ImportanceWeights, seed: int) -> Tensor:
     The largest weights are clipped, so that no row is all there is.
     """
     log_weights = weights.log_weights
-    ceiling = log_weights.topk(min(_CLIPPED, len(z))).values[-1]
+    usable = log_weights > -torch.inf
+    if not usable.any():
+        raise ValueError("weights: expected some that are not zero, for samples to be drawn by them")
+    ceiling = log_weights.topk(1 + int(usable.sum()) // _CLIPPED).values[-1]
     probability = log_weights.clamp(max=ceiling).softmax(0)
     count = max(1, int(1 / probability.square().sum()))
     return z[torch.multinomial(probability, count, True, generator=torch.Generator().manual_seed(seed))]

@@ -16,7 +16,7 @@ from benchmarks.harness.claims import table as claims_table
 from benchmarks.harness.environment import save
 from benchmarks.harness.parts import fingerprint
 from benchmarks.molecules.circular import MIXES, circular_flow
-from benchmarks.molecules.own_samples import OwnSamples
+from benchmarks.molecules.own_samples import UNSEEN, OwnSamples
 from benchmarks.paper.boltzmann import TEMPERATURE, Data, generate, load_data, measure, worth
 from benchmarks.paper.boltzmann_training import Stage, train
 from p4flows.molecules import OpenMMEnergy
@@ -36,7 +36,6 @@ _SWAPS = {"InvertibleLinear": 0.1}
 _ROUNDS, _ROUNDS_PER_STEPS = 40, 8  # at 600 K, of an eighth of the first steps each
 _STEP_SHARE, _LAST_SHARE = 13, 4  # of these rounds: a thirteenth at each lower temperature, a fourth at 300 K
 _FEW = 4  # of the frames, a fourth stays beside own samples
-_UNSEEN = 1_000_000  # added to a seed for the noise that is measured with, which no round has trained on
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -94,7 +93,7 @@ def _follow(mix: str, seed: int, data: Data, args: Namespace) -> list[dict[str, 
         print(f"{mix}, {seed}, {part}: ESS {measured['ess']:.1%} at {temperature:.0f} K, {seconds:.0f} s", flush=True)
 
     def measured() -> dict[str, Any]:
-        return measure(flow, data, md, args.samples, seed + _UNSEEN)[0]
+        return measure(flow, data, md, args.samples, seed + UNSEEN)[0]
 
     def trained(part: str, data: Data, stage: Stage, rows: OwnSamples | None = None) -> float:
         path, swaps = file(part, "training"), _SWAPS.get(mix, 1.0)
@@ -123,7 +122,7 @@ def _follow(mix: str, seed: int, data: Data, args: Namespace) -> list[dict[str, 
         # The last temperature is the one that counts.
         rounds = args.rounds // (_LAST_SHARE if temperature == _LADDER[-1] else _STEP_SHARE)
         seconds = on_own_samples(f"{temperature:.0f} K", cold, max(1, rounds), _COLD_RATE)
-        _, _, weights = generate(flow, cold, args.samples, seed + _UNSEEN)
+        _, _, weights = generate(flow, cold, args.samples, seed + UNSEEN)
         row(f"{temperature:.0f} K", temperature, seconds, worth(weights))
     return rows
 
@@ -153,7 +152,7 @@ def table(results: dict[str, Any]) -> str:
         groups.setdefault((row["mix"], row["part"]), []).append(row)
     columns = [
         ("T (K)", "temperature", "{:.0f}"),
-        ("seconds of steps", "seconds", "{:.0f}"),
+        ("seconds", "seconds", "{:.0f}"),
         ("held-out NLL (nats)", "nll", "{:.2f}"),
         ("effective sample size", "ess", "{:.1%}"),
         ("largest weight", "largest_weight", "{:.2%}"),

@@ -86,8 +86,8 @@ def test_the_demo_goes_on_where_it_was_interrupted(monkeypatch, tmp_path, capsys
     monkeypatch.setattr(boltzmann_training, "_WINDOW", 5)
     command = "demo --frames 400 --steps 20 --couplings 2 --samples 100 --checkpoints"
     expected = call(monkeypatch, tmp_path, f"{command} {tmp_path / 'a'}")["rows"]
-    # Three in the first flow, whose last one does not ask whether it is due; two in the second.
-    steps = interrupt(monkeypatch, 5)
+    # Three and two in the stages of the first flow, whose last ones do not ask whether they are due; two in the second.
+    steps = interrupt(monkeypatch, 7)
     with pytest.raises(SystemExit) as ended:
         call(monkeypatch, tmp_path, f"{command} {tmp_path / 'b'}")
     assert ended.value.code == 130
@@ -97,7 +97,7 @@ def test_the_demo_goes_on_where_it_was_interrupted(monkeypatch, tmp_path, capsys
     assert len(other["rows"]["splines"]["curve"]) == 3
     steps.clear()
     resumed = call(monkeypatch, tmp_path, f"{command} {tmp_path / 'b'}")["rows"]
-    assert steps == [15]
+    assert steps == [15, 5, 10]
     for rows in (expected, resumed):
         for row in rows.values():
             row.pop("ms_per_step", None)

@@ -79,6 +79,10 @@ def test_samples_are_drawn_by_their_weights():
     assert len(drawn) == pytest.approx(10_000 * 2**2 / 5, rel=0.01)  # their effective sample size
     assert not (drawn == 1).any()
     assert (drawn == 0).double().mean() < 0.01
+    few = own_samples.resampled(z[:3], ImportanceWeights(log_weights[:3], log_weights[:3] > -math.inf), 0)
+    assert few.tolist() == [[0.0]]
+    with pytest.raises(ValueError, match="expected some that are not zero"):
+        own_samples.resampled(z[1:2], ImportanceWeights(log_weights[1:2], log_weights[1:2] > -math.inf), 0)
     assert (drawn >= 5_000).double().mean() == pytest.approx(0.75, abs=0.03)
 
 
