@@ -33,9 +33,8 @@ _RATE, _COLD_RATE = 1e-3, 3e-4
 _AVERAGE = 0.95  # decay, over every tenth step of the last half
 # Of the learning rate: entries of a dense weight move by it in every step, whatever their gradients, and disturb all.
 _SWAPS = {"InvertibleLinear": 0.1}
-_ROUNDS, _ROUNDS_PER_STEPS = 40, 8  # at 600 K, of an eighth of the first steps each
-_STEP_SHARE, _LAST_SHARE = 13, 4  # of these rounds: a thirteenth at each lower temperature, a fourth at 300 K
-_FEW = 4  # of the frames, a fourth stays beside own samples
+_ROUNDS, _ROUNDS_PER_STEPS = 24, 6  # at 600 K, of a sixth of the first steps each
+_STEP_SHARE, _LAST_SHARE = 12, 4  # of these rounds: a twelfth at each lower temperature, a fourth at 300 K
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -46,7 +45,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, default=_FRAMES, help="MD frames, 0.1 ps apart")
     parser.add_argument("--couplings", type=int, default=8, help="coupling layers")
     parser.add_argument(
-        "--steps", type=int, default=1_600, help="on frames; an eighth of that in each round on own samples"
+        "--steps", type=int, default=1_600, help="on frames; a sixth of that in each round on own samples"
     )
     parser.add_argument(
         "--rounds", type=int, default=_ROUNDS, help="on own samples at 600 K, and as many below; 0 for frames alone"
@@ -103,7 +102,7 @@ def _follow(mix: str, seed: int, data: Data, args: Namespace) -> list[dict[str, 
     def on_own_samples(part: str, data: Data, rounds: int, rate: float, beside: Tensor | None = None) -> float:
         steps = max(1, args.steps // _ROUNDS_PER_STEPS)
         count = min(_DRAWN, args.samples)
-        rows = OwnSamples(flow, data, count, steps, lambda i: file(part, f"samples {i}"), seed, beside)
+        rows = OwnSamples(flow, data, count, steps, args.batch, lambda i: file(part, f"samples {i}"), seed, beside)
         return trained(part, data, replace(likelihood, steps=rounds * steps, lr=rate), rows)
 
     likelihood = Stage(args.steps, args.batch, lr=_RATE, schedule="cosine", every=None, seed=seed)
@@ -112,7 +111,7 @@ def _follow(mix: str, seed: int, data: Data, args: Namespace) -> list[dict[str, 
     if not args.rounds:
         return rows
     # Frames are correlated, and a flow that sees them often overfits. Its own samples are new in every round.
-    seconds = on_own_samples("own samples", data, args.rounds, _RATE, data.z[: len(data.z) // _FEW])
+    seconds = on_own_samples("own samples", data, args.rounds, _RATE, data.z)
     row("own samples", TEMPERATURE, seconds, measured())
     before = TEMPERATURE
     for temperature in _LADDER:

@@ -65,7 +65,7 @@ def run(args: Namespace) -> dict[str, Any]:
         stage = Stage(args.steps, args.batch, schedule="cosine", seed=args.seed)
         rows[name] = train(flow, data, stage, name, file("frames"))
         steps = max(1, args.steps // 10)
-        own = OwnSamples(flow, data, args.samples // 2, steps, file, args.seed, data.z[: len(data.z) // 4])
+        own = OwnSamples(flow, data, args.samples // 2, steps, args.batch, file, args.seed, data.z)
         stage = replace(stage, steps=args.rounds * steps, lr=_OWN_RATE)
         train(flow, data, stage, f"{name}, own samples", file("own samples"), rows=own)
         measured, samples[name] = measure(flow, data, md, args.samples, args.seed + UNSEEN)

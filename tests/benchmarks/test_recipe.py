@@ -70,40 +70,46 @@ def test_the_base_is_normalised_at_every_temperature(data):
     assert drawn[:, plain:].abs().max() <= math.pi
 
 
-def test_samples_are_drawn_by_their_weights():
+def test_samples_are_thinned_by_their_weights():
     z = torch.arange(10_000.0)[:, None]
     log_weights = torch.where(z[:, 0] < 5_000, 0.0, math.log(3)).double()
     log_weights[0] = 50.0  # of no sample that is all there is
     log_weights[1] = -math.inf
-    drawn = own_samples.resampled(z, ImportanceWeights(log_weights, log_weights > -math.inf), 0)
-    assert len(drawn) == pytest.approx(10_000 * 2**2 / 5, rel=0.01)  # their effective sample size
-    assert not (drawn == 1).any()
-    assert (drawn == 0).double().mean() < 0.01
-    few = own_samples.resampled(z[:3], ImportanceWeights(log_weights[:3], log_weights[:3] > -math.inf), 0)
-    assert few.tolist() == [[0.0]]
+    rows, weights = own_samples.thinned(z, ImportanceWeights(log_weights, log_weights > -math.inf), 0)
+    assert len(rows) == pytest.approx(5_000 + 5_000 / 2, rel=0.02)  # a weight of 1 is half the mean
+    assert not (rows == 1).any()
+    assert weights.sum() == pytest.approx(10_000 * 2**2 / 5, rel=0.02)  # their effective number
+    assert weights[rows[:, 0] >= 5_000].sum() / weights.sum() == pytest.approx(0.75, abs=0.02)
+    assert weights[rows[:, 0] == 0] == weights[-1]
+    few, one = own_samples.thinned(z[:3], ImportanceWeights(log_weights[:3], log_weights[:3] > -math.inf), 0)
+    assert few[0] == 0
+    assert one[0] == pytest.approx(1)
     with pytest.raises(ValueError, match="expected some that are not zero"):
-        own_samples.resampled(z[1:2], ImportanceWeights(log_weights[1:2], log_weights[1:2] > -math.inf), 0)
-    assert (drawn >= 5_000).double().mean() == pytest.approx(0.75, abs=0.03)
+        own_samples.thinned(z[1:2], ImportanceWeights(log_weights[1:2], log_weights[1:2] > -math.inf), 0)
 
 
 def test_every_round_adds_samples_of_its_own(tmp_path, data):
     flow = circular_flow(data.coordinates, 2, "random", hidden=8)
     flow.train()
-    settings = {"count": 200, "steps": 3, "file": lambda i: tmp_path / f"{i}", "seed": 4, "beside": data.z[:7]}
-    rows = own_samples.OwnSamples(flow, data, **settings)
-    first, second, third = (rows(step) for step in (1, 4, 7))
+    settings = {"count": 200, "steps": 3, "batch": 2_000, "file": lambda i: tmp_path / f"{i}", "beside": data.z[:70]}
+    rows = own_samples.OwnSamples(flow, data, **settings, seed=4)
+    first, second, third = (rows(step).unique(dim=0) for step in (1, 4, 7))
     assert flow.training
-    assert rows(9) is third
-    torch.testing.assert_close(first[:7], data.z[:7])
-    torch.testing.assert_close(third[: len(second)], second)
-    assert len(third) > len(second) > len(first) > 7
-    assert data.coordinates.in_range(third).all()
-    new = third[len(second) :].unique(dim=0)
-    assert not (new[:, None] == second).all(-1).any()
+    assert rows(9) is rows(7)
+
+    def number_in(these, those):
+        return (these[:, None] == those).all(-1).any(0).sum().item()
+
+    for part in (first, second, third):
+        assert number_in(part, data.z[:70]) > 60
+        assert data.coordinates.in_range(part).all()
+    assert len(first) - 70 > 1
+    assert number_in(third, second) > 0.9 * len(second)
+    assert len(third) > len(second) > len(first)
     with torch.no_grad():
         flow._transform._transforms[2].rotation.add_(1.0)
     # A training that goes on reads what was drawn by the flow as it was.
-    torch.testing.assert_close(own_samples.OwnSamples(flow, data, **settings)(8), third)
+    torch.testing.assert_close(own_samples.OwnSamples(flow, data, **settings, seed=4)(8), rows(7))
 
 
 def test_a_training_on_own_samples_goes_on_where_it_was(monkeypatch, tmp_path, data):
@@ -111,7 +117,7 @@ def test_a_training_on_own_samples_goes_on_where_it_was(monkeypatch, tmp_path, d
 
     def train(folder, steps_seen, stop=None):
         flow = circular_flow(data.coordinates, 2, "InvertibleLinear", hidden=8)
-        rows = own_samples.OwnSamples(flow, data, 100, 3, lambda i: tmp_path / f"{folder} {i}")
+        rows = own_samples.OwnSamples(flow, data, 100, 3, stage.batch, lambda i: tmp_path / f"{folder} {i}")
 
         def seen(step):
             if step == stop:
