@@ -14,10 +14,7 @@ from benchmarks.harness.checkpoint import Checkpoint
 from benchmarks.paper.boltzmann import Data, generate
 from p4flows.molecules import ImportanceWeights
 
-__all__ = ["UNSEEN", "OwnSamples", "thinned"]
-
-UNSEEN = 1_000_000
-"""Added to a seed: noise to measure with, on which no round has trained."""
+__all__ = ["OwnSamples", "thinned", "unseen"]
 
 _BESIDE = 0.25
 _SPARE = 2  # rows for each that a round needs
@@ -36,7 +33,8 @@ class OwnSamples:
         count: samples drawn in a round.
         steps, batch: of training in a round.
         file: the file of a round, by its number, from which an interrupted run goes on.
-        seed: of the noise.
+        seed: of the noise, from 0 on.
+        first: rounds that there were before with the same seed, for other samples, at most a thousand in all.
         beside: rows (B, n) of coordinates from elsewhere, each of which counts a fourth.
     """
 
@@ -47,6 +45,7 @@ class OwnSamples:
     batch: int
     file: Callable[[int], Path]
     seed: int = 0
+    first: int = 0
     beside: Tensor | None = None
     _drawn: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -54,18 +53,23 @@ class OwnSamples:
         """The rows for this step of a training, the first of which is 1; they are the same throughout a round."""
         rounds = 1 + (step - 1) // self.steps
         if len(self._drawn) < rounds:
-            self._drawn += [self._draw(i) for i in range(len(self._drawn), rounds)]
+            self._drawn += [self._draw(i, i == rounds - 1) for i in range(len(self._drawn), rounds)]
             beside = self.data.z[:0] if self.beside is None else self.beside
             z, weights = zip((beside, torch.full((len(beside),), _BESIDE).double()), *self._drawn, strict=True)
-            generator = torch.Generator().manual_seed(_seed(self.seed, rounds))
+            generator = torch.Generator().manual_seed(self._noise(rounds - 1))
             which = torch.multinomial(torch.cat(weights), _SPARE * self.steps * self.batch, True, generator=generator)
             self._rows = torch.cat(z)[which]
         return self._rows
 
-    def _draw(self, i: int) -> tuple[Tensor, Tensor]:
-        seed = _seed(self.seed, i)
+    def _noise(self, i: int) -> int:
+        return 1_000 * self.seed + self.first + i
+
+    def _draw(self, i: int, last: bool) -> tuple[Tensor, Tensor]:
+        seed = self._noise(i)
         kept = Checkpoint(self.file(i), {"samples": self.count, "seed": seed})
         found = kept.restore()
+        if not found and not last:
+            raise ValueError(f"{self.file(i)}: expected what was drawn in round {i}, by the flow as it was then")
         if not found:
             training = self.flow.training
             z, _, weights = generate(self.flow, self.data, self.count, seed)
@@ -75,8 +79,9 @@ class OwnSamples:
         return found["z"], found["weights"]
 
 
-def _seed(seed: int, i: int) -> int:
-    return 1_000 * seed + i
+def unseen(seed: int) -> int:
+    """A seed of noise to measure with, on which no round of any seed has trained."""
+    return -1 - seed
 
 
 def thinned(z: Tensor, weights: ImportanceWeights, seed: int) -> tuple[Tensor, Tensor]:

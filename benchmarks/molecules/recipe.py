@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,7 +17,7 @@ from benchmarks.harness.claims import table as claims_table
 from benchmarks.harness.environment import save
 from benchmarks.harness.parts import fingerprint
 from benchmarks.molecules.circular import MIXES, circular_flow
-from benchmarks.molecules.own_samples import UNSEEN, OwnSamples
+from benchmarks.molecules.own_samples import OwnSamples, unseen
 from benchmarks.paper.boltzmann import TEMPERATURE, Data, generate, load_data, measure, worth
 from benchmarks.paper.boltzmann_training import Stage, train
 from p4flows.molecules import OpenMMEnergy
@@ -48,10 +49,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--steps", type=int, default=1_600, help="on frames; a sixth of that in each round on own samples"
     )
     parser.add_argument(
-        "--rounds", type=int, default=_ROUNDS, help="on own samples at 600 K, and as many below; 0 for frames alone"
+        "--rounds",
+        type=int,
+        default=_ROUNDS,
+        help="on own samples at 600 K, and half as many below; or 0",
     )
     parser.add_argument("--batch", type=int, default=512, help="in a step")
-    parser.add_argument("--samples", type=int, default=_MEASURED, help="drawn to measure")
+    parser.add_argument("--samples", type=int, default=_MEASURED, help="drawn to measure; in a round at most as many")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--circular", action=BooleanOptionalAction, default=True, help="splines for angles that turn")
     parser.add_argument("--compiled", action=BooleanOptionalAction, default=True, help="train by torch.compile")
@@ -79,11 +83,14 @@ def _follow(mix: str, seed: int, data: Data, args: Namespace) -> list[dict[str, 
     """The recipe with one kind of swap: a row after each of its parts."""
     flow = circular_flow(data.coordinates, args.couplings, mix, args.circular, seed=seed, compiled=args.compiled)
     md = data.samples(data.test_frames)
-    settings = _settings(args) | {"mix": mix, "seed": seed}
+    recipe = {"ladder": _LADDER, "rates": (_RATE, _COLD_RATE, _SWAPS), "average": _AVERAGE, "drawn": _DRAWN}
+    settings = _settings(args) | recipe | {"mix": mix, "seed": seed}
+    done = 0  # rounds
     rows: list[dict[str, Any]] = []
 
-    def file(part: str, name: str) -> Path:
-        return args.kept / f"{mix} {seed} {part} {name} {fingerprint(settings)}.pt"
+    def file(part: str, number: int | None = None) -> Path:
+        name = part if number is None else f"{part} {number}"
+        return args.kept / f"{mix} {seed} {name} {fingerprint(settings)}.pt"
 
     def row(part: str, temperature: float, seconds: float, measured: dict[str, Any]) -> None:
         rows.append(
@@ -92,17 +99,19 @@ def _follow(mix: str, seed: int, data: Data, args: Namespace) -> list[dict[str, 
         print(f"{mix}, {seed}, {part}: ESS {measured['ess']:.1%} at {temperature:.0f} K, {seconds:.0f} s", flush=True)
 
     def measured() -> dict[str, Any]:
-        return measure(flow, data, md, args.samples, seed + UNSEEN)[0]
+        return measure(flow, data, md, args.samples, unseen(seed))[0]
 
     def trained(part: str, data: Data, stage: Stage, rows: OwnSamples | None = None) -> float:
-        path, swaps = file(part, "training"), _SWAPS.get(mix, 1.0)
+        path, swaps = file(part), _SWAPS.get(mix, 1.0)
         training = train(flow, data, stage, f"{mix}, {part}", path, average=_AVERAGE, swaps=swaps, rows=rows)
         return training["ms_per_step"] * stage.steps / 1000
 
     def on_own_samples(part: str, data: Data, rounds: int, rate: float, beside: Tensor | None = None) -> float:
+        nonlocal done
         steps = max(1, args.steps // _ROUNDS_PER_STEPS)
-        count = min(_DRAWN, args.samples)
-        rows = OwnSamples(flow, data, count, steps, args.batch, lambda i: file(part, f"samples {i}"), seed, beside)
+        count, samples = min(_DRAWN, args.samples), partial(file, f"{part}, samples")
+        rows = OwnSamples(flow, data, count, steps, args.batch, samples, seed, done, beside)
+        done += rounds
         return trained(part, data, replace(likelihood, steps=rounds * steps, lr=rate), rows)
 
     likelihood = Stage(args.steps, args.batch, lr=_RATE, schedule="cosine", every=None, seed=seed)
@@ -121,7 +130,7 @@ def _follow(mix: str, seed: int, data: Data, args: Namespace) -> list[dict[str, 
         # The last temperature is the one that counts.
         rounds = args.rounds // (_LAST_SHARE if temperature == _LADDER[-1] else _STEP_SHARE)
         seconds = on_own_samples(f"{temperature:.0f} K", cold, max(1, rounds), _COLD_RATE)
-        _, _, weights = generate(flow, cold, args.samples, seed + UNSEEN)
+        _, _, weights = generate(flow, cold, args.samples, unseen(seed))
         row(f"{temperature:.0f} K", temperature, seconds, worth(weights))
     return rows
 

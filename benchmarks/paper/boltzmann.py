@@ -86,7 +86,7 @@ def draw(flow: Flow, count: int, generator: torch.Generator) -> Tensor:
 def generate(flow: Flow, data: Data, count: int, seed: int) -> tuple[Tensor, Samples, ImportanceWeights]:
     """Samples of the flow in coordinates, as molecules, and their weights at the temperature of ``data.energy``."""
     flow.eval()
-    z, drawn, log_q, volumes = [], [], [], []
+    z, drawn, log_q, volumes, usable = [], [], [], [], []
     for part in draw(flow, count, torch.Generator().manual_seed(seed)).split(10_000):
         part_z, logabsdet = flow._transform.inverse(part)
         x, volume = data.coordinates.inverse(part_z)
@@ -94,10 +94,11 @@ def generate(flow: Flow, data: Data, count: int, seed: int) -> tuple[Tensor, Sam
         drawn.append(data.samples(x))
         log_q.append(flow._distribution.log_prob(part).double() - logabsdet.double())
         volumes.append(volume)
+        # A mirror image has the same energy, and is another molecule.
+        usable.append(data.coordinates.in_range(part_z) & data.molecule.chirality.kept(x))
     samples = Samples(*(torch.cat([getattr(s, name) for s in drawn]) for name in ("energy", "phi", "psi")))
-    z = torch.cat(z)
-    in_range = data.coordinates.in_range(z)
-    return z, samples, importance_weights(torch.cat(log_q), samples.energy, torch.cat(volumes), in_range)
+    weights = importance_weights(torch.cat(log_q), samples.energy, torch.cat(volumes), torch.cat(usable))
+    return torch.cat(z), samples, weights
 
 
 def worth(weights: ImportanceWeights) -> dict[str, float]:

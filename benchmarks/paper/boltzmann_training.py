@@ -157,7 +157,7 @@ def train(
                 recent.clear()
                 bar.set_postfix(loss=f"{numbers['curve'][-1]:.2f}")
                 (kept.save if step == stage.steps else kept.save_if_due)(**numbers)
-    if averaged:
+    if averaged and averaged.n_averaged > 0:  # not of a training that was too short for one
         flow.load_state_dict(averaged.module.state_dict())
     return {
         "ms_per_step": 1000 * numbers["seconds"] / stage.steps,

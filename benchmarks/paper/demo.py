@@ -14,7 +14,7 @@ from benchmarks.harness.comparison import comparison
 from benchmarks.harness.environment import save
 from benchmarks.harness.parts import fingerprint
 from benchmarks.harness.threads import one_thread
-from benchmarks.molecules.own_samples import UNSEEN, OwnSamples
+from benchmarks.molecules.own_samples import OwnSamples, unseen
 from benchmarks.paper.boltzmann import PERTURBATION, TEMPERATURE, describe, load_data, measure
 from benchmarks.paper.boltzmann_figure import draw
 from benchmarks.paper.boltzmann_training import Stage, train
@@ -34,7 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, default=60_000, help="MD frames, 0.1 ps apart")
     parser.add_argument("--couplings", type=int, default=6, help="coupling layers")
     parser.add_argument("--steps", type=int, default=1_200, help="training steps of each flow on frames")
-    parser.add_argument("--rounds", type=int, default=6, help="on own samples, of a tenth of the steps each")
+    parser.add_argument("--rounds", type=int, default=6, help="on own samples, of a tenth of the steps each, or 0")
     parser.add_argument("--batch", type=int, default=256, help="frames in a training step")
     parser.add_argument("--samples", type=int, default=40_000, help="samples drawn")
     parser.add_argument("--seed", type=int, default=0, help="of data, networks and training")
@@ -43,7 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 @one_thread()
 def run(args: Namespace) -> dict[str, Any]:
     names = ("frames", "couplings", "steps", "rounds", "batch", "samples", "seed")
-    settings = {name: getattr(args, name) for name in names}
+    settings = {name: getattr(args, name) for name in names} | {"own_rate": _OWN_RATE}
     data = load_data(args.frames, seed=args.seed)
     training_data, md = data.samples(data.frames), data.samples(data.test_frames)
     noise = torch.randn(data.test_frames.shape, generator=torch.Generator().manual_seed(args.seed))
@@ -64,11 +64,12 @@ def run(args: Namespace) -> dict[str, Any]:
         file = partial(_file, args.kept, f"{name} {fingerprint(settings)}")
         stage = Stage(args.steps, args.batch, schedule="cosine", seed=args.seed)
         rows[name] = train(flow, data, stage, name, file("frames"))
-        steps = max(1, args.steps // 10)
-        own = OwnSamples(flow, data, args.samples // 2, steps, args.batch, file, args.seed, data.z)
-        stage = replace(stage, steps=args.rounds * steps, lr=_OWN_RATE)
-        train(flow, data, stage, f"{name}, own samples", file("own samples"), rows=own)
-        measured, samples[name] = measure(flow, data, md, args.samples, args.seed + UNSEEN)
+        if args.rounds:
+            steps = max(1, args.steps // 10)
+            own = OwnSamples(flow, data, args.samples // 2, steps, args.batch, file, args.seed, beside=data.z)
+            stage = replace(stage, steps=args.rounds * steps, lr=_OWN_RATE)
+            train(flow, data, stage, f"{name}, own samples", file("own samples"), rows=own)
+        measured, samples[name] = measure(flow, data, md, args.samples, unseen(args.seed))
         rows[name] |= measured
     results = {"settings": {**settings, "temperature": TEMPERATURE}, "rows": rows}
     path = save("demo", results, args.out)

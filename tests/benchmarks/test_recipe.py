@@ -110,6 +110,11 @@ def test_every_round_adds_samples_of_its_own(tmp_path, data):
         flow._transform._transforms[2].rotation.add_(1.0)
     # A training that goes on reads what was drawn by the flow as it was.
     torch.testing.assert_close(own_samples.OwnSamples(flow, data, **settings, seed=4)(8), rows(7))
+    (tmp_path / "1").unlink()
+    with pytest.raises(ValueError, match="expected what was drawn in round 1"):
+        own_samples.OwnSamples(flow, data, **settings, seed=4)(8)
+    later = own_samples.OwnSamples(flow, data, **settings | {"file": lambda i: tmp_path / f"later {i}"}, first=3)
+    assert number_in(later(1).unique(dim=0), third) <= 70  # noise of its own
 
 
 def test_a_training_on_own_samples_goes_on_where_it_was(monkeypatch, tmp_path, data):
@@ -128,10 +133,13 @@ def test_a_training_on_own_samples_goes_on_where_it_was(monkeypatch, tmp_path, d
         path = tmp_path / folder
         monkeypatch.setattr(boltzmann_training.Checkpoint, "save_if_due", boltzmann_training.Checkpoint.save)
         monkeypatch.setattr(boltzmann_training, "_WINDOW", 1)
+        monkeypatch.setattr(boltzmann_training, "_AVERAGED", 2)
         boltzmann_training.train(flow, data, stage, "", path, average=0.5, swaps=0.1, rows=seen)
         return flow.state_dict()
 
     whole = train("whole", [])
+    start = circular_flow(data.coordinates, 2, "InvertibleLinear", hidden=8).state_dict()
+    assert sum(not torch.equal(whole[name], start[name]) for name in whole) > 20
     with pytest.raises(KeyboardInterrupt):
         train("parts", [], stop=6)
     steps = []
@@ -162,6 +170,12 @@ def test_a_flow_ends_as_the_average_of_its_last_half(data):
     z = data.z[:50]
     back, _ = flows[1]._transform.inverse(flows[1]._transform(z)[0])
     torch.testing.assert_close(back, z, rtol=0, atol=1e-3)
+
+
+def test_a_training_too_short_for_an_average_counts(data):
+    flow = circular_flow(data.coordinates, 2, "random", hidden=8)
+    boltzmann_training.train(flow, data, boltzmann_training.Stage(3, batch=16, lr=1e-2), average=0.5)
+    assert (flow._transform._transforms[2].rotation != 0).all()
 
 
 def test_the_recipe(monkeypatch, tmp_path):
