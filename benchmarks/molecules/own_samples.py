@@ -1,4 +1,4 @@
-"""A Boltzmann generator's own samples, drawn anew by their weights, as data to train it on: new ones in every round."""
+"""A Boltzmann generator's own samples, with their weights, as data to train it on: new ones in every round."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class OwnSamples:
 
     def _draw(self, i: int, last: bool) -> tuple[Tensor, Tensor]:
         seed = self._noise(i)
-        kept = Checkpoint(self.file(i), {"samples": self.count, "seed": seed})
+        kept = Checkpoint(self.file(i), {"samples": self.count, "seed": seed, "clipped": _CLIPPED})
         found = kept.restore()
         if not found and not last:
             raise ValueError(f"{self.file(i)}: expected what was drawn in round {i}, by the flow as it was then")

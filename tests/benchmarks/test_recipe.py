@@ -14,7 +14,7 @@ from benchmarks.molecules import own_samples, recipe
 from benchmarks.molecules.circular import MIXES, circular_flow
 from benchmarks.molecules.turning import turning
 from benchmarks.paper import boltzmann_training
-from benchmarks.paper.boltzmann import load_data
+from benchmarks.paper.boltzmann import generate, load_data
 from p4flows.molecules import ImportanceWeights
 
 
@@ -68,6 +68,16 @@ def test_the_base_is_normalised_at_every_temperature(data):
     torch.testing.assert_close(base.log_prob(drawn), expected)
     assert drawn[:, :plain].std() == pytest.approx(0.5, rel=0.02)
     assert drawn[:, plain:].abs().max() <= math.pi
+
+
+def test_mirror_images_weigh_nothing(monkeypatch, data):
+    flow = circular_flow(data.coordinates, 1, "random", hidden=8)
+    _, _, weights = generate(flow, data, 100, 0)
+    monkeypatch.setattr(type(data.molecule.chirality), "kept", lambda _, x: torch.arange(len(x)) % 2 == 0)
+    _, _, kept = generate(flow, data, 100, 0)
+    assert weights.in_range[1::2].any()
+    assert kept.in_range.tolist() == [usable and i % 2 == 0 for i, usable in enumerate(weights.in_range.tolist())]
+    assert (kept.log_weights[1::2] == -math.inf).all()
 
 
 def test_samples_are_thinned_by_their_weights():
